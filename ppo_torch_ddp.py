@@ -71,7 +71,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimation"""
-    update_epochs: int = 4
+    update_epochs: int = 10
     """passes over the rollout per update"""
     activation_function: Literal["relu", "tanh"] = "tanh"
     """activation function of the actor and the critic"""
@@ -103,22 +103,23 @@ class Args:
     """train on one GPU per rank (NCCL); the environments stay on the CPU"""
 
     def __post_init__(self) -> None:
-        positive, fraction, size = (0.0, sys.float_info.max), (0.0, 1.0), (1, sys.maxsize)
-        limits = {
-            "seed": (0, 2**31), "eval_every": (0, sys.maxsize), "eval_episodes": (0, sys.maxsize), "num_envs": size,
-            "total_timesteps": size, "num_steps": size, "learning_rate": positive, "gamma": fraction,
-            "gae_lambda": fraction, "update_epochs": size, "clip_coef": positive, "ent_coef": positive,
-            "vf_coef": positive, "max_grad_norm": positive, "target_kl": positive, "per_rank_batch_size": size,
-            "num_threads": size,
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise SystemExit(f"error: --{name.replace('_', '-')} must be from {low} to {high:.6g}, not {value}")
+        rules = (
+            ("num_envs total_timesteps num_steps update_epochs per_rank_batch_size num_threads", 1, math.inf),
+            ("seed eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
+            ("learning_rate clip_coef max_grad_norm target_kl", sys.float_info.min, math.inf),
+            ("gamma gae_lambda", 0, 1),
+        )
+        for names, low, high in rules:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (low <= value <= high and value < math.inf):
+                    least = "positive" if 0 < low < 1 else f"at least {low}"
+                    most = f" and at most {high}" if high < math.inf else ""
+                    raise SystemExit(f"error: --{name.replace('_', '-')} must be {least}{most}, not {value}")
         if self.per_rank_batch_size > self.num_envs * self.num_steps:
             raise SystemExit(
-                f"error: --per-rank-batch-size {self.per_rank_batch_size} is larger than a rank's rollout of "
-                f"--num-envs {self.num_envs} x --num-steps {self.num_steps} rows"
+                f"error: --per-rank-batch-size {self.per_rank_batch_size} is more than the rollout of a rank: "
+                f"--num-envs {self.num_envs} times --num-steps {self.num_steps}"
             )
 
 
@@ -255,10 +256,10 @@ def collect_rollout(
 ) -> tuple[dict[str, Tensor], list[tuple[float, int]]]:
     """Step the environments for T steps with the actor; then evaluate all rows in one batched pass.
 
-    Returns the rollout on the device, (T, N, ...) a tensor, but `obs`, `dones` and `values` with T + 1 rows, and the
-    returns and lengths of the episodes that ended. Row t of `valid` is False where the environment was reset instead
-    of stepped (NEXT_STEP autoreset): that row is no experience. It also means that `obs[t + 1]` is the true last
-    observation of an episode that ended at t, so `values[t + 1]` is what a truncated episode bootstraps from.
+    Returns the rollout on the device, tensors of (T, N, ...) but T + 1 rows of `obs` and `values`, and the returns and
+    lengths of the episodes that ended. `valid` is False where the environment was reset instead of stepped (NEXT_STEP
+    autoreset): that row is no experience. The same mode makes `obs[t + 1]` the true last observation of an episode
+    that ended at t, so that `values[t + 1]` is what a truncated episode bootstraps from.
     """
     obs, dones, actions = storage["obs"], storage["dones"], storage["actions"]
     obs[0], dones[0] = obs[-1], dones[-1]
@@ -279,12 +280,12 @@ def collect_rollout(
             episodes += zip(episode_return[done].tolist(), episode_length[done].tolist(), strict=True)
             episode_return[done], episode_length[done] = 0.0, 0
 
-    rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated", "dones")}
+    rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated")}
+    rollout["dones"], rollout["valid"] = dones[1:].to(device), ~dones[:-1].to(device)
     log_probs, _, values = agent(rollout["obs"][:-1].flatten(0, 1), rollout["actions"].flatten(0, 1))
-    bootstrap_value = agent.critic(rollout["obs"][-1]).squeeze(-1)
-    rollout["log_probs"] = log_probs.view(actions.shape[:2])
-    rollout["values"] = torch.cat([values.view(actions.shape[:2]), bootstrap_value.unsqueeze(0)])
-    rollout["valid"] = ~rollout["dones"][:-1]
+    bootstrap_values = agent.critic(rollout["obs"][-1]).squeeze(-1)
+    rollout["log_probs"] = log_probs.view_as(rollout["rewards"])
+    rollout["values"] = torch.cat([values.view_as(rollout["rewards"]), bootstrap_values.unsqueeze(0)])
     return rollout, episodes
 
 
@@ -298,7 +299,7 @@ def compute_gae(
     episode's end cuts the trace.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decays = gamma * gae_lambda * ~dones
+    decays = gamma * gae_lambda * (~dones).to(values.dtype)
     advantage = torch.zeros_like(values[0])
     advantages = []
     for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
@@ -392,13 +393,13 @@ def batch_sums(batch: dict[str, Tensor], rewards: Tensor, episodes: list[tuple[f
     """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Then the counts of non-finite observations and rewards.
+    that ended: count, sums of returns and lengths. Last the counts of non-finite observations and rewards.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
-    sums = [advantages.sum(), advantages.square().sum(), returns.sum(), returns.square().sum()]
-    episode_sums = torch.tensor(episodes, dtype=torch.float64, device=advantages.device).view(-1, 2).sum(0)
+    row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
+    episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
     bad_counts = [(~x.isfinite()).sum() for x in (batch["obs"], rewards)]
-    return torch.stack([batch["valid"].sum(), *sums, torch.tensor(float(len(episodes))), *episode_sums, *bad_counts])
+    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
 def pack(batch: dict[str, Tensor]) -> Tensor:
@@ -474,10 +475,10 @@ def main(args: Args) -> None:
     # logs
     if rank == 0:
         writer = SummaryWriter(run_dir)
-        rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
         progress = tqdm(total=num_iterations * rollout_size, unit="step", disable=not sys.stderr.isatty())
-    global_step = 0
+    global_step, mean_return, test_return = 0, math.nan, math.nan
 
     for iteration in range(1, num_iterations + 1):
         if args.anneal_lr:
@@ -486,40 +487,34 @@ def main(args: Args) -> None:
         # rollout
         start_time = time.perf_counter()
         rollout, episodes = collect_rollout(agent, envs, storage, action_generator, device)
-        advantages = compute_gae(
-            rollout["rewards"],
-            rollout["values"],
-            rollout["terminated"],
-            rollout["dones"][1:],
-            args.gamma,
-            args.gae_lambda,
+        rollout["advantages"] = compute_gae(
+            rollout["rewards"], rollout["values"], rollout["terminated"], rollout["dones"], args.gamma, args.gae_lambda
         )
-        batch = {name: rollout[name].flatten(0, 1) for name in ("actions", "log_probs", "valid")}
-        batch["obs"], batch["values"] = rollout["obs"][:-1].flatten(0, 1), rollout["values"][:-1].flatten(0, 1)
-        batch["advantages"] = advantages.flatten(0, 1)
+        names = ("obs", "actions", "log_probs", "values", "advantages", "valid")
+        batch = {name: rollout[name][: args.num_steps].flatten(0, 1) for name in names}
         batch["returns"] = batch["advantages"] + batch["values"]
         rollout_time = time.perf_counter()
 
-        # what the ranks share: statistics, and with share_data the rows themselves
+        # communication: statistics over all ranks, and with share_data the rows themselves
         sums = batch_sums(batch, rollout["rewards"], episodes)
         if world_size > 1:
             dist.all_reduce(sums)
-        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, ep_return, ep_length, bad_obs, bad_rewards = (
+        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, bad_obs, bad_rewards = (
             sums.tolist()
         )
         if bad_obs or bad_rewards:
             raise SystemExit(
-                f"error: iteration {iteration}: {args.env_id} gave {bad_obs:.0f} non-finite observations "
-                f"and {bad_rewards:.0f} non-finite rewards"
+                f"error: iteration {iteration}: {args.env_id} gave {bad_obs:.0f} non-finite observations and "
+                f"{bad_rewards:.0f} non-finite rewards"
             )
         adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
         if args.normalize_advantages:
             batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
         if args.share_data and world_size > 1:
-            packed = pack(batch)
-            gathered = packed.new_empty(world_size * len(packed), packed.shape[1])
-            dist.all_gather_into_tensor(gathered, packed)
-            batch = unpack(gathered, batch)
+            rows = pack(batch)
+            all_rows = rows.new_empty(world_size * len(rows), rows.shape[1])
+            dist.all_gather(list(all_rows.chunk(world_size)), rows)
+            batch = unpack(all_rows, batch)
         communication_time = time.perf_counter()
 
         # update
@@ -533,13 +528,15 @@ def main(args: Args) -> None:
 
         # logs
         global_step += int(count)
+        if rank > 0:
+            continue
         metrics = {
             "Loss/policy_loss": policy_loss,
             "Loss/value_loss": value_loss,
             "Loss/entropy_loss": entropy_loss,
             "Loss/approx_kl": approx_kl,
             "Loss/clip_fraction": clip_fraction,
-            "Loss/explained_variance": 1 - adv_var / ret_var if ret_var else math.nan,  # returns - values = advantages
+            "Loss/explained_variance": 1 - adv_var / ret_var if ret_var else math.nan,  # advantages = returns - values
             "Loss/grad_norm": grad_norm,
             "Info/entropy": -entropy_loss,
             "Info/learning_rate": optimizer.param_groups[0]["lr"],
@@ -549,35 +546,29 @@ def main(args: Args) -> None:
             "Time/step_per_second": count / (update_time - start_time),
         }
         if num_episodes:
-            metrics |= {"Rewards/rew_avg": ep_return / num_episodes, "Game/ep_len_avg": ep_length / num_episodes}
-        if rank > 0:
-            continue
+            mean_return = sum_return / num_episodes
+            metrics |= {"Rewards/rew_avg": mean_return, "Game/ep_len_avg": sum_length / num_episodes}
+        status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
+        progress.set_postfix_str(status, refresh=False)
+        progress.update(int(count))
+        if progress.disable and iteration % max(1, num_iterations // 20) == 0:
+            print(f"step {global_step} of {progress.total}: {status}", flush=True)
         evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
         if args.eval_episodes and evaluation_due:
-            video_dir = f"{run_dir}/videos/test-{global_step}" if args.capture_video else None
-            test_returns = evaluate(agent, args, eval_seed, device, video_dir)
-            metrics["Test/cumulative_reward"] = test_returns.mean()
-            progress.clear()
-            print(
-                f"step {global_step}: greedy return {test_returns.mean():.2f} +- {test_returns.std():.2f}", flush=True
-            )
+            video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
+            returns = evaluate(agent, args, eval_seed, device, video_dir)
+            metrics["Test/cumulative_reward"] = test_return = returns.mean()
+            progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
-        progress.update(int(count))
-        status = f"return {metrics.get('Rewards/rew_avg', math.nan):.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
-        progress.set_postfix_str(status, refresh=False)
-        if progress.disable and iteration % max(1, num_iterations // 20) == 0:
-            print(f"step {global_step}/{progress.total}: {status}", flush=True)
 
     envs.close()
     if rank == 0:
         progress.close()
-        hparams = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in vars(args).items()
-        }
-        writer.add_hparams(hparams, {"hp_metric": metrics.get("Test/cumulative_reward", math.nan)}, run_name=".")
+        hparams = {name: str(value) if value is None else value for name, value in vars(args).items()}
+        writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")
         writer.close()
+        print(f"logs and videos: {run_dir}")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,69 @@
+"""Start the shipped files as a user would: in a folder of their own, with a time limit, leaving no process behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The launcher's part of a command line: plain Python for one rank."""
+    return [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+class Command:
+    """A running command whose descendants, in whatever session, are known by a mark in their environment."""
+
+    def __init__(self, command: list, cwd: Path, **env: str):
+        self.mark = f"TEST_COMMAND={uuid.uuid4()}"
+        env = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1"} | env | dict([self.mark.split("=")])
+        self.process = subprocess.Popen(
+            list(map(str, command)), cwd=cwd, env=env, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def pids(self) -> list[int]:
+        """The processes of this command that are alive."""
+        pids = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark in environ.read_text(errors="replace").split("\0"):
+                    pids.append(int(environ.parent.name))
+            except OSError:
+                pass  # it ended meanwhile
+        return pids
+
+    def finish(self, timeout: float = 60) -> tuple[int, str]:
+        """Exit status and output. Every process has to be gone when the command is, and soon; what is not is killed."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+            deadline = time.monotonic() + 5
+            while (left := self.pids()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert not left, f"{len(left)} processes outlive the command:\n{output}"
+        finally:
+            for pid in self.pids():
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+        return self.process.returncode, output
+
+
+def run(command: list, cwd: Path, timeout: float = 60, **env: str) -> str:
+    """The output of a command that must succeed."""
+    status, output = Command(command, cwd, **env).finish(timeout)
+    assert status == 0, output
+    return output

@@ -1,0 +1,51 @@
+"""Run a shipped file's `main` and save what its `update` saw and made: `probe.py FILE FOLDER [FLAGS]`.
+
+FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as one vector, before the first and after
+each update), `batches` (what each update was given), `steps` (the optimiser's count of steps after the last).
+"""
+
+import importlib.util
+import os
+import sys
+
+import torch
+import tyro
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location("shipped", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shipped"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def probe(module) -> dict:
+    """Wrap the module's `update` so that it notes its arguments and results in the dictionary returned."""
+    notes = {"before": None, "after": [], "batches": [], "steps": 0}
+    update = module.update
+
+    def vector(model):
+        return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+    def noting_update(model, optimizer, batch, *rest):
+        if notes["before"] is None:
+            notes["before"] = vector(model)
+        notes["batches"].append({name: tensor.clone() for name, tensor in batch.items()})
+        result = update(model, optimizer, batch, *rest)
+        notes["after"].append(vector(model))
+        notes["steps"] = int(next(iter(optimizer.state.values()))["step"])
+        notes["model"] = model
+        return result
+
+    module.update = noting_update
+    return notes
+
+
+if __name__ == "__main__":
+    path, folder, *flags = sys.argv[1:]
+    module = load(path)
+    notes = probe(module)
+    module.main(tyro.cli(module.Args, args=flags))
+    del notes["model"]
+    torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))
