@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import gymnasium as gym
@@ -131,11 +132,10 @@ def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = 
     """
     kwargs = {"render_mode": "rgb_array"} if video_dir else {}
 
-    def make_env() -> gym.Env:
+    def make_env(index: int) -> gym.Env:
+        if video_dir and index == 0:
+            return gym.wrappers.RecordVideo(gym.make(env_id, **kwargs), video_dir)
         return gym.make(env_id)
-
-    def make_recorded_env() -> gym.Env:
-        return gym.wrappers.RecordVideo(gym.make(env_id, **kwargs), video_dir)
 
     try:
         if vec_env == "native":
@@ -143,8 +143,8 @@ def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = 
             if video_dir:
                 envs = gym.wrappers.vector.RecordVideo(envs, video_dir, record_first_only=True)
         else:
-            env_fns = [make_recorded_env if video_dir else make_env] + [make_env] * (num_envs - 1)
-            envs = gym.vector.AsyncVectorEnv(env_fns) if vec_env == "async" else gym.vector.SyncVectorEnv(env_fns)
+            vectorize = gym.vector.AsyncVectorEnv if vec_env == "async" else gym.vector.SyncVectorEnv
+            envs = vectorize([partial(make_env, index) for index in range(num_envs)])
     except (gym.error.Error, ImportError, ValueError) as error:
         raise SystemExit(f"error: --env-id {env_id} --vec-env {vec_env}: {error}") from error
 
@@ -235,7 +235,9 @@ def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndar
     T, N = num_steps, num_envs
     storage = {
         "obs": torch.zeros(T + 1, N, first_obs.shape[-1]),
-        "actions": torch.zeros(T, N, dtype=torch.int64) if agent.discrete else torch.zeros(T, N, agent.num_outputs),
+        "actions": torch.zeros(T + 1, N, dtype=torch.int64)
+        if agent.discrete
+        else torch.zeros(T + 1, N, agent.num_outputs),
         "rewards": torch.zeros(T, N),
         "terminated": torch.zeros(T, N, dtype=torch.bool),
         "dones": torch.zeros(T + 1, N, dtype=torch.bool),  # dones[t]: an episode ended just before row t
@@ -249,31 +251,32 @@ def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndar
 @torch.inference_mode()
 def collect_rollout(
     agent: Agent,
+    model: nn.Module,
     envs: gym.vector.VectorEnv,
     storage: dict[str, Tensor],
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], list[tuple[float, int]]]:
-    """Step the environments for T steps with the actor; then evaluate all rows in one batched pass.
+    """Step the environments T times with the actor alone; then pass all rows through the model that is trained.
 
-    Returns the rollout on the device, tensors of (T, N, ...) but T + 1 rows of `obs` and `values`, and the returns and
-    lengths of the episodes that ended. `valid` is False where the environment was reset instead of stepped (NEXT_STEP
+    Returns the rollout on the device and the returns and lengths of the episodes that ended. `rewards`, `terminated`,
+    `dones` (the episode ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs` and `values` have a row more,
+    of which only the value counts. `valid` is False where the environment was reset instead of stepped (NEXT_STEP
     autoreset): that row is no experience. The same mode makes `obs[t + 1]` the true last observation of an episode
     that ended at t, so that `values[t + 1]` is what a truncated episode bootstraps from.
     """
-    obs, dones, actions = storage["obs"], storage["dones"], storage["actions"]
+    obs, dones = storage["obs"], storage["dones"]
     obs[0], dones[0] = obs[-1], dones[-1]
-    # numpy writes a small row several times faster than torch
-    array = {name: tensor.numpy() for name, tensor in storage.items()}
+    noise = agent.sample_noise(storage["rewards"].shape, generator).to(device)
+    array = {name: tensor.numpy() for name, tensor in storage.items()}  # numpy writes a row several times faster
     episode_return, episode_length = array["episode_return"], array["episode_length"]
-    noise = agent.sample_noise(actions.shape[:2], generator).to(device)
     episodes = []
-    for t, (step_obs, step_noise) in enumerate(zip(obs, noise, strict=False)):
-        action = agent.act(step_obs.to(device), step_noise).cpu()
-        next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs.action_space))
+    for t, step_noise in enumerate(noise):
+        actions = agent.act(obs[t].to(device), step_noise).cpu()
+        next_obs, reward, terminated, truncated, _ = envs.step(to_env(actions, envs.action_space))
         done = terminated | truncated
         array["obs"][t + 1], array["dones"][t + 1] = next_obs, done
-        array["actions"][t], array["rewards"][t], array["terminated"][t] = action.numpy(), reward, terminated
+        array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
         episode_return += reward
         episode_length += ~array["dones"][t]
         if np.count_nonzero(done):
@@ -282,10 +285,8 @@ def collect_rollout(
 
     rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated")}
     rollout["dones"], rollout["valid"] = dones[1:].to(device), ~dones[:-1].to(device)
-    log_probs, _, values = agent(rollout["obs"][:-1].flatten(0, 1), rollout["actions"].flatten(0, 1))
-    bootstrap_values = agent.critic(rollout["obs"][-1]).squeeze(-1)
-    rollout["log_probs"] = log_probs.view_as(rollout["rewards"])
-    rollout["values"] = torch.cat([values.view_as(rollout["rewards"]), bootstrap_values.unsqueeze(0)])
+    log_probs, _, values = model(rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1))
+    rollout["log_probs"], rollout["values"] = log_probs.view(dones.shape), values.view(dones.shape)
     return rollout, episodes
 
 
@@ -433,43 +434,44 @@ def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_di
 
 def main(args: Args) -> None:
     # distributed set-up: torchrun sets these variables, plain python does not
+    name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    run_dir = f"logs/torch_logs/{name}"
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.device_count() <= local_rank:
         raise SystemExit(f"error: --cuda needs a GPU per rank, found {torch.cuda.device_count()}: leave --cuda away")
     device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if args.cuda else "gloo")
+    torch.set_num_threads(args.num_threads)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+
     rollout_size = world_size * args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // rollout_size
     if num_iterations == 0:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
 
-    # seeds: the same parameters everywhere, streams of their own for the environments and actions of each rank
+    # seeds: the same parameters everywhere, streams of its own for each rank's actions and environments
     random.seed(args.seed + rank)
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     stream_seeds = np.random.SeedSequence(args.seed).generate_state(2 * world_size).tolist()
     action_generator = torch.Generator().manual_seed(stream_seeds[2 * rank])
     shuffle_generator = torch.Generator().manual_seed(stream_seeds[1 if args.share_data else 2 * rank + 1])
 
     # environments
-    name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    run_dir = os.path.join("logs", "torch_logs", name)
     video_dir = f"{run_dir}/videos/train" if args.capture_video and rank == 0 else None
     envs = make_envs(args.env_id, args.num_envs, args.vec_env, video_dir)
     first_obs, _ = envs.reset(seed=args.seed + rank * args.num_envs)
     eval_seed = args.seed + world_size * args.num_envs
 
     # agent
-    if world_size > 1:
-        if args.cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if args.cuda else "gloo")
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init)
     agent = agent.to(device)
-    model = DistributedDataParallel(agent, gradient_as_bucket_view=True) if world_size > 1 else agent
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    model = DistributedDataParallel(agent) if world_size > 1 else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
 
     # logs
@@ -486,7 +488,7 @@ def main(args: Args) -> None:
 
         # rollout
         start_time = time.perf_counter()
-        rollout, episodes = collect_rollout(agent, envs, storage, action_generator, device)
+        rollout, episodes = collect_rollout(agent, model, envs, storage, action_generator, device)
         rollout["advantages"] = compute_gae(
             rollout["rewards"], rollout["values"], rollout["terminated"], rollout["dones"], args.gamma, args.gae_lambda
         )
@@ -570,6 +572,7 @@ def main(args: Args) -> None:
         writer.close()
         print(f"logs and videos: {run_dir}")
     if world_size > 1:
+        time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)
         dist.destroy_process_group()
 
 

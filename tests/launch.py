@@ -48,17 +48,20 @@ class Command:
         return pids
 
     def finish(self, timeout: float = 60) -> tuple[int, str]:
-        """Exit status and output. Every process has to be gone when the command is, and soon; what is not is killed."""
+        """Exit status and output. Every process has to be gone when the command is; what is not is killed."""
+        output = ""
         try:
             output, _ = self.process.communicate(timeout=timeout)
             deadline = time.monotonic() + 5
             while (left := self.pids()) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert not left, f"{len(left)} processes outlive the command:\n{output}"
+        except subprocess.TimeoutExpired as error:
+            output, left = (error.stdout or b"").decode(errors="replace"), self.pids()
         finally:
             for pid in self.pids():
                 os.kill(pid, signal.SIGKILL)
             self.process.wait()
+        assert not left, f"processes {left} were still there after {timeout} s:\n{output}"
         return self.process.returncode, output
 
 

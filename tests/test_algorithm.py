@@ -179,7 +179,7 @@ def collect(env_id: str, num_steps: int, rollouts: int = 1, num_envs: int = 2, v
     storage, generator = ppo.make_storage(num_steps, num_envs, agent, obs), torch.Generator().manual_seed(0)
     results = []
     for _ in range(rollouts):
-        rollout, episodes = ppo.collect_rollout(agent, envs, storage, generator, torch.device("cpu"))
+        rollout, episodes = ppo.collect_rollout(agent, agent, envs, storage, generator, torch.device("cpu"))
         results.append(({name: tensor.clone() for name, tensor in rollout.items()}, episodes))
     envs.close()
     return agent, results

@@ -100,9 +100,8 @@ def test_two_machines_and_no_seed_twice(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         machines.append(Command([*TORCHRUN, *rendezvous, FILE, *flags], cwd=tmp_path / name, DIARY=str(diary)))
-    for machine in machines:
-        status, output = machine.finish()
-        assert status == 0, output
+    results = [machine.finish() for machine in machines]
+    assert [status for status, _ in results] == [0, 0], results
     seeds = sorted(int(path.read_text()) for path in diary.iterdir())
     assert seeds == list(range(5, 5 + 4 * 4 + 2))
     assert {path.name.split("-")[0] for path in diary.iterdir()} == {"0", "1", "2", "3"}
