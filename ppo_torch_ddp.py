@@ -1,15 +1,14 @@
-"""Proximal Policy Optimization on many processes, in plain torch.distributed and DistributedDataParallel.
+"""Proximal Policy Optimization on many processes, in one file.
 
 Every rank steps its own environments, collects a rollout and trains on it; DDP averages the gradients, so that all
 ranks hold the same parameters all the time. Copy this file and hack it: it needs nothing from its neighbours.
+Diff ppo_torch_ddp.py and ppo_fabric.py to see what Lightning Fabric takes off your hands.
 
-    python ppo_torch_ddp.py                                              # one process
-    torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py            # two CPU processes
-    torchrun --nproc_per_node=8 --standalone ppo_torch_ddp.py --cuda     # eight GPUs
-    torchrun --nproc_per_node=8 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:29500 \
-        ppo_torch_ddp.py --cuda                                          # two machines: the same line on both
-
-Diff me against ppo_fabric.py to see what Lightning Fabric takes off your hands.
+In plain torch.distributed and DistributedDataParallel, with one process, two on the CPU, eight GPUs, two machines:
+    python ppo_torch_ddp.py
+    torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py
+    torchrun --nproc_per_node=8 --standalone ppo_torch_ddp.py --cuda
+    torchrun --nproc_per_node=8 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 ppo_torch_ddp.py --cuda
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -27,9 +26,8 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -370,7 +368,6 @@ def update(
     """
     part, num_parts = (rank, world_size) if args.share_data else (0, 1)
     num_minibatches = max(1, round(len(batch["valid"]) / (args.per_rank_batch_size * num_parts)))
-    parameters = list(model.parameters())
     metrics = []
     for _ in range(args.update_epochs):
         for minibatch in shuffle(batch, num_minibatches, generator, part, num_parts):
@@ -378,7 +375,7 @@ def update(
             loss, means = ppo_loss(*outputs, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
         if args.target_kl is not None:
@@ -433,8 +430,8 @@ def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_di
 
 
 def main(args: Args) -> None:
-    # distributed set-up: torchrun sets these variables, plain python does not
     name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    # distributed set-up: torchrun sets these variables, plain python does not
     run_dir = f"logs/torch_logs/{name}"
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -469,8 +466,8 @@ def main(args: Args) -> None:
 
     # agent
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init)
-    agent = agent.to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    agent.to(device)
     model = DistributedDataParallel(agent) if world_size > 1 else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
 

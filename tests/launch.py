@@ -11,18 +11,25 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def torchrun(ranks: int) -> list[str]:
-    """The launcher's part of a command line: plain Python for one rank."""
-    return [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+BIN = Path(sys.executable).parent
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
+
+
+def torchrun(ranks: int) -> list:
+    """The launcher's part of a command line: plain Python for one rank."""
+    return [BIN / "torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+
+
+def fabric_run(ranks: int, *options: str) -> list:
+    """The same on the CPU with Fabric's launcher; plain Python for one rank without options."""
+    if ranks == 1 and not options:
+        return [sys.executable]
+    return [BIN / "fabric", "run", "--accelerator=cpu", f"--devices={ranks}", f"--main-port={free_port()}", *options]
 
 
 class Command:

@@ -1,6 +1,8 @@
 """The shipped files under their real launchers."""
 
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_torch_ddp as ppo
-from launch import ROOT, TESTS, TORCHRUN, Command, free_port, run, torchrun
+from launch import BIN, ROOT, TESTS, Command, fabric_run, free_port, run, torchrun
 
-FILE = ROOT / "ppo_torch_ddp.py"
+TORCH, FABRIC = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py"
+LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run}
+NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
 
-def run_probe(launcher: list, folder: Path, *flags, ranks: int = 1) -> list[dict]:
-    """Run `main` under a launcher; what probe.py noted on each rank."""
-    run([*launcher, TESTS / "probe.py", FILE, folder, *flags], cwd=folder)
+def run_probe(file: Path, folder: Path, *flags, ranks: int = 1) -> list[dict]:
+    """Run a file's `main` under its launcher; what probe.py noted on each rank."""
+    run([*LAUNCHERS[file](ranks), TESTS / "probe.py", file, folder, *flags], cwd=folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
@@ -32,7 +36,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.parametrize("share_data", [False, True])
 def test_two_ranks_train_on_different_rollouts_and_agree(tmp_path, share_data):
     flags = [*SMALL, "--total-timesteps", 1024, *(["--share-data"] if share_data else [])]
-    first, second = run_probe(torchrun(2), tmp_path, *flags, ranks=2)
+    first, second = run_probe(TORCH, tmp_path, *flags, ranks=2)
     iterations = 1024 // (2 * 4 * 32)
     assert first["steps"] == second["steps"] == iterations * 2 * (4 * 32 // 32)
     assert len(first["after"]) == iterations
@@ -50,7 +54,7 @@ def test_two_ranks_train_on_different_rollouts_and_agree(tmp_path, share_data):
 def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
     """Two ranks with --share-data take the steps that one process takes on all the rows."""
     flags = [*SMALL, "--total-timesteps", 1024, "--share-data"]
-    first, _ = run_probe(torchrun(2), tmp_path, *flags, ranks=2)
+    first, _ = run_probe(TORCH, tmp_path, *flags, ranks=2)
     args = ppo.Args(num_steps=64, per_rank_batch_size=64, update_epochs=2, share_data=True)
     agent = ppo.Agent(*cartpole_spaces(), "tanh", True)
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
@@ -74,7 +78,7 @@ def test_the_same_command_logs_the_same(tmp_path, ranks):
     logs = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        run([*torchrun(ranks), FILE, *SMALL, "--total-timesteps", 2048, "--eval-every", 2], cwd=folder)
+        run([*torchrun(ranks), TORCH, *SMALL, "--total-timesteps", 2048, "--eval-every", 2], cwd=folder)
         logs.append(scalars(folder / "logs" / "torch_logs"))
     assert logs[0] == logs[1]
     iterations = 2048 // (ranks * 4 * 32)
@@ -99,7 +103,7 @@ def test_two_machines_and_no_seed_twice(tmp_path):
     machines = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        machines.append(Command([*TORCHRUN, *rendezvous, FILE, *flags], cwd=tmp_path / name, DIARY=str(diary)))
+        machines.append(Command([BIN / "torchrun", *rendezvous, TORCH, *flags], cwd=tmp_path / name, DIARY=str(diary)))
     results = [machine.finish() for machine in machines]
     assert [status for status, _ in results] == [0, 0], results
     seeds = sorted(int(path.read_text()) for path in diary.iterdir())
@@ -108,22 +112,58 @@ def test_two_machines_and_no_seed_twice(tmp_path):
     assert len(scalars(tmp_path)["Loss/policy_loss"]) == 2  # and rank 0 alone writes
 
 
-@pytest.mark.parametrize(
-    "env_id, vec_env",
-    [("CartPole-v1", "sync"), ("CartPole-v1", "async"), ("CartPole-v1", "native"), ("Pendulum-v1", "sync")],
-)
-def test_a_lone_copy_runs_and_makes_videos(tmp_path, env_id, vec_env):
-    shutil.copy(FILE, tmp_path)
-    flags = [*SMALL, "--total-timesteps", 1024, "--capture-video", "--env-id", env_id, "--vec-env", vec_env]
-    output = run([*torchrun(1), "ppo_torch_ddp.py", *flags], cwd=tmp_path, PYTHONPATH="", SDL_VIDEODRIVER="dummy")
+@pytest.mark.parametrize("share_data", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, share_data):
+    flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *(["--share-data"] if share_data else [])]
+    ends = []
+    for file in (TORCH, FABRIC):
+        (tmp_path / file.stem).mkdir()
+        notes = run_probe(file, tmp_path / file.stem, *flags, ranks=ranks)
+        assert all(note["steps"] == 1024 // (ranks * 4 * 32) * 2 * 4 for note in notes)
+        ends.append([note["after"][-1] for note in notes])
+    assert all(torch.equal(mine, yours) for mine, yours in zip(*ends, strict=True))
+    assert not torch.equal(notes[0]["before"], notes[0]["after"][-1])
+
+
+def test_the_coupled_twins_log_the_same(tmp_path):
+    logs = []
+    for file, folder in ((TORCH, "torch_logs"), (FABRIC, "fabric_logs")):
+        run([*LAUNCHERS[file](2), file, *SMALL, "--total-timesteps", 1024, "--target-kl", 0.01], cwd=tmp_path)
+        logs.append(scalars(tmp_path / "logs" / folder))
+    assert logs[0].keys() == logs[1].keys()
+    for tag in logs[0]:
+        assert logs[0][tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in logs[1][tag]]
+
+
+@pytest.mark.parametrize("options", [["--precision=bf16-mixed"], ["--strategy=ddp"]], ids="".join)
+def test_fabric_options(tmp_path, options):
+    output = run([*fabric_run(1, *options), FABRIC, *SMALL, "--total-timesteps", 512], cwd=tmp_path)
+    assert "greedy return" in output
+
+
+VIDEOS = [
+    (TORCH, "CartPole-v1", "sync"),
+    (TORCH, "CartPole-v1", "async"),
+    (TORCH, "CartPole-v1", "native"),
+    (FABRIC, "Pendulum-v1", "sync"),
+]
+
+
+@pytest.mark.parametrize("file, env_id, vec_env", VIDEOS, **NAMES)
+def test_a_lone_copy_runs_and_makes_videos(tmp_path, file, env_id, vec_env):
+    shutil.copy(file, tmp_path)
+    flags = [*SMALL, "--total-timesteps", 2048, "--capture-video", "--env-id", env_id, "--vec-env", vec_env]
+    output = run([sys.executable, file.name, *flags], cwd=tmp_path, PYTHONPATH="")
     assert "greedy return" in output
     videos = {path.parent.name.split("-")[0] for path in tmp_path.rglob("*.mp4") if path.stat().st_size > 1000}
     assert videos == {"train", "test"}
 
 
 @pytest.mark.timeout(300)
-def test_default_command_learns_cartpole(tmp_path):
-    output = run([*torchrun(2), FILE], cwd=tmp_path, timeout=240)
+def test_the_default_command_learns_cartpole(tmp_path):
+    output = run([*torchrun(2), TORCH], cwd=tmp_path, timeout=240)
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= 475, output
 
 
@@ -147,11 +187,44 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_all_ranks_with_one_line(tmp_path, case):
-    flags, said = BAD[case]
-    status, output = Command([*torchrun(2), FILE, *flags.split()], cwd=tmp_path).finish(timeout=20)
+BAD_FOR_FABRIC = {
+    "strategy": (["--strategy=fsdp"], "", "FSDP"),
+    "precision": (["--precision=64-true"], "", "--precision"),
+    "unknown environment": ([], "--env-id NoSuch-v0", "NoSuch"),
+    "zero updates": ([], "--total-timesteps 1000", "--total-timesteps 1000"),
+    "negative size": ([], "--num-envs -1", "--num-envs"),
+    "NaN reward": ([], "--env-id toy_envs:NanReward-v0", "non-finite rewards"),
+}
+
+
+def fails_with_one_line(command: list, folder: Path, said: str) -> None:
+    """Start-up and end within 20 s, no process left, a status that is not 0, and one message instead of a traceback."""
+    status, output = Command(command, cwd=folder).finish(timeout=20)
     assert status != 0
-    lines = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert lines and len(set(lines)) == 1 and said in lines[0], output  # ranks that say it, say the same
-    assert 'ppo_torch_ddp.py", line' not in output  # a message, not a traceback
+    lines = {line for line in output.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and said in lines.pop(), output  # ranks that say it, say the same
+    assert not re.search(r'ppo_\w+.py", line', output), output
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_to_the_torch_file(tmp_path, case):
+    flags, said = BAD[case]
+    fails_with_one_line([*torchrun(2), TORCH, *flags.split()], tmp_path, said)
+
+
+@pytest.mark.parametrize("case", BAD_FOR_FABRIC)
+def test_bad_input_to_the_fabric_file(tmp_path, case):
+    options, flags, said = BAD_FOR_FABRIC[case]
+    fails_with_one_line([*fabric_run(2, *options), FABRIC, *flags.split()], tmp_path, said)
+
+
+def test_torchrun_is_not_for_the_fabric_file(tmp_path):
+    fails_with_one_line([*torchrun(2), FABRIC], tmp_path, "fabric run")
+
+
+def test_one_rank_that_fails_ends_the_others(tmp_path):
+    """The environments of rank 1 alone raise an exception, in the middle of a rollout."""
+    for file in (TORCH, FABRIC):
+        flags = ["--env-id", "toy_envs:RaisesOnRank1-v0", "--eval-episodes", 0]
+        status, output = Command([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path).finish(timeout=30)
+        assert status != 0 and "the simulator broke" in output

@@ -40,7 +40,7 @@ class Diary(OneAStep):
 
 
 class Broken(OneAStep):
-    """Goes wrong at its fifth step: a NaN in the observation or in the reward, or an exception."""
+    """Goes wrong at its fifth step: a NaN in the observation or the reward, or an exception on rank 1."""
 
     def __init__(self, how: str):
         super().__init__()
@@ -48,7 +48,7 @@ class Broken(OneAStep):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
-        if self.steps == 5 and self.how == "raises":
+        if self.steps == 5 and self.how == "raises on rank 1" and os.environ["RANK"] == "1":
             raise RuntimeError("the simulator broke")
         if self.steps == 5 and self.how == "obs":
             obs = np.full_like(obs, np.nan)
@@ -69,7 +69,7 @@ gym.register("Truncated-v0", OneAStep, kwargs={"timeless": True, "terminates": F
 gym.register("Diary-v0", Diary)
 gym.register("NanObs-v0", Broken, kwargs={"how": "obs"})
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
-gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
+gym.register("RaisesOnRank1-v0", Broken, kwargs={"how": "raises on rank 1"})
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})

@@ -1,0 +1,131 @@
+"""Repeating yourself is the policy of the shipped files; this checks that what they repeat is the same.
+
+    python tests/twins.py          # say what differs, exit 1 if anything does
+    python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write the README's table of the diff
+
+A definition is a top-level function or class, but for `Args` each of its members with its help string. One that two
+files share has to be byte-identical and in the same order, or be listed in MAY_DIFFER with the reason.
+"""
+
+import ast
+import difflib
+import html
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = "ppo_torch_ddp.py"
+TWINS = ("ppo_fabric.py",)
+MAY_DIFFER = {
+    "update": "Fabric runs the backward pass, the clipping and the reduction",
+    "main": "Fabric sets up the processes, the device, the model and the logger",
+}
+
+# what each hunk of the diff between the coupled files is about, in order
+HUNKS = (
+    "launching",
+    "imports",
+    "the flag that chooses the device",
+    "what an update is given",
+    "backward pass and gradient clipping",
+    "deciding together to stop early",
+    "processes, device, process group",
+    "the model on its device, wrapped for training",
+    "the TensorBoard writer",
+    "adding up statistics",
+    "sharing rollouts",
+    "update and its averages",
+    "logging",
+    "leaving",
+)
+TABLE_START, TABLE_END = "<!-- diff table, written by tests/twins.py --fix -->\n", "<!-- end of the diff table -->"
+
+
+def definitions(source: str) -> dict[str, tuple[int, int]]:
+    """First and last line (from 0, the last exclusive) of each definition, in the order of the file."""
+    slices = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for member, following in zip(node.body, [*node.body[1:], None], strict=True):
+                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                end = following.end_lineno if documented else member.end_lineno
+                if isinstance(member, ast.AnnAssign):
+                    slices[f"Args.{member.target.id}"] = (member.lineno - 1, end)
+                elif isinstance(member, ast.FunctionDef):
+                    slices[f"Args.{member.name}"] = (member.lineno - 1, end)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            slices[node.name] = (first - 1, node.end_lineno)
+    return slices
+
+
+def differences(source: str, twin: str) -> list[str]:
+    """The names of shared definitions that should be the same and are not, or `order`."""
+    ours, theirs = definitions(source), definitions(twin)
+    shared = [name for name in ours if name in theirs]
+    lines = source.splitlines(), twin.splitlines()
+    found = [
+        name
+        for name in shared
+        if name not in MAY_DIFFER and lines[0][slice(*ours[name])] != lines[1][slice(*theirs[name])]
+    ]
+    return found + (["order"] if shared != [name for name in theirs if name in ours] else [])
+
+
+def fix(source: str, twin: str) -> str:
+    """The twin with the source's text of every definition that should be the same."""
+    ours, lines = definitions(source), twin.splitlines()
+    wrong = differences(source, twin)
+    for name, (first, last) in reversed(list(definitions(twin).items())):
+        if name in wrong:
+            lines[first:last] = source.splitlines()[slice(*ours[name])]
+    return "\n".join(lines) + "\n"
+
+
+def diff_hunks(source: str, twin: str) -> list[tuple[str, str]]:
+    """The text on both sides of each place where two files differ."""
+    ours, theirs = source.splitlines(), twin.splitlines()
+    opcodes = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
+    return [("\n".join(ours[i:j]), "\n".join(theirs[k:m])) for tag, i, j, k, m in opcodes if tag != "equal"]
+
+
+def diff_table(source: str, twin: str) -> str:
+    """The hunks of the diff side by side, in HTML since Markdown's tables hold no code of several lines."""
+    rows = [f"<tr><th></th><th>{SOURCE}</th><th>{TWINS[0]}</th></tr>"]
+    for title, sides in zip(HUNKS, diff_hunks(source, twin), strict=True):
+        cells = [f"<td><pre>{html.escape(textwrap.dedent(side), quote=False)}</pre></td>" for side in sides]
+        rows.append(f"<tr><td>{title}</td>{''.join(cells)}</tr>")
+    return "<table>\n" + "\n".join(rows) + "\n</table>\n"
+
+
+def split_readme(readme: str) -> tuple[str, str, str]:
+    """What stands before the table of the diff, the table, and what follows."""
+    before, rest = readme.split(TABLE_START)
+    table, after = rest.split(TABLE_END)
+    return before + TABLE_START, table, TABLE_END + after
+
+
+def main() -> None:
+    source = (ROOT / SOURCE).read_text()
+    wrong = False
+    for name in TWINS:
+        path = ROOT / name
+        if "--fix" in sys.argv:
+            path.write_text(fix(source, path.read_text()))
+        found = differences(source, path.read_text())
+        wrong |= bool(found)
+        print(f"{name}: {'differs from ' + SOURCE + ' in ' + ', '.join(found) if found else 'a twin'}")
+    readme = ROOT / "README.md"
+    before, table, after = split_readme(readme.read_text())
+    expected = diff_table(source, (ROOT / TWINS[0]).read_text())
+    if "--fix" in sys.argv:
+        readme.write_text(before + expected + after)
+    elif table != expected:
+        print("README.md: the table of the diff is out of date")
+        wrong = True
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    main()
