@@ -1,9 +1,9 @@
-"""Steps per second of ppo_torch_ddp.py against Stable-Baselines3, through the command line, alternating.
+"""Steps per second of the shipped files and of Stable-Baselines3, through their real launchers, alternating.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/throughput.py
 
-CleanRL's CartPole setting, one process, one thread. Machines are shared and noisy, so the contenders take turns and
+CleanRL's CartPole setting, one thread a process. Machines are shared and noisy, so the contenders take turns and
 what counts is the ratio of the medians. A steps-per-second figure is environment steps (reset rows left out) over wall
 time, from the end of iteration `--warmup` to the end of the last: logging is in it, starting up is not.
 Rows go to benchmarks/results/throughput.jsonl.
@@ -26,8 +26,19 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-PEER = ROOT / "benchmarks" / "peer_sb3.py"
-FILE = ROOT / "ppo_torch_ddp.py"
+BIN = Path(sys.executable).parent
+PYTHON = [sys.executable]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
+FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
+# name: launcher, file, further flags
+CONTENDERS = {
+    "torch, 1 process": (PYTHON, "ppo_torch_ddp.py", []),
+    "torch, 1 process, native vector environment": (PYTHON, "ppo_torch_ddp.py", ["--vec-env", "native"]),
+    "Fabric, 1 process": (PYTHON, "ppo_fabric.py", []),
+    "Stable-Baselines3, 1 process": (PYTHON, "benchmarks/peer_sb3.py", []),
+    "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", []),
+    "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", []),
+}
 CLEANRL = (
     "--env-id CartPole-v1 --num-envs 4 --num-steps 128 --per-rank-batch-size 128 --update-epochs 4 "
     "--learning-rate 2.5e-4 --clip-coef 0.2 --clip-vloss --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
@@ -47,52 +58,44 @@ class Args:
     """file that the rows are appended to"""
 
 
-def run(command: list[str], cwd: str) -> str:
-    return subprocess.run(command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def measure_ours(flags: list[str], args: Args) -> float:
-    """Steps per second of a run of the shipped file, read off the wall times of its TensorBoard events."""
+def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> float:
+    """Steps per second of one run: the peer prints them, a shipped file's are read off its TensorBoard events."""
+    command = [*launcher, str(ROOT / file), *flags]
+    if file == "benchmarks/peer_sb3.py":
+        command += ["--warmup", str(args.warmup)]
+        return float(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
     with tempfile.TemporaryDirectory() as folder:
-        run([sys.executable, str(FILE), *flags, "--eval-episodes", "0"], folder)
+        subprocess.run([*command, "--eval-episodes", "0"], cwd=folder, check=True, capture_output=True)
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
         points = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars("Time/step_per_second")
     start, end = points[args.warmup - 1], points[-1]
     return (end.step - start.step) / (end.wall_time - start.wall_time)
 
 
-def measure_peer(flags: list[str], args: Args) -> float:
-    return float(run([sys.executable, str(PEER), *flags, "--warmup", str(args.warmup)], str(ROOT)))
-
-
 def main(args: Args) -> None:
     flags = [*CLEANRL.split(), "--total-timesteps", str(args.total_timesteps)]
-    contenders = {
-        "ppo_torch_ddp.py": lambda: measure_ours(flags, args),
-        "ppo_torch_ddp.py --vec-env native": lambda: measure_ours([*flags, "--vec-env", "native"], args),
-        "Stable-Baselines3": lambda: measure_peer(flags, args),
-    }
-    figures = {name: [] for name in contenders}
+    figures = {name: [] for name in CONTENDERS}
     for repeat in range(args.repeats):
-        for name, measure in contenders.items():
-            figures[name].append(measure())
+        for name, (launcher, file, extra) in CONTENDERS.items():
+            figures[name].append(measure(launcher, file, [*flags, *extra], args))
             print(f"{repeat + 1}/{args.repeats} {name}: {figures[name][-1]:.0f} steps/s", flush=True)
 
-    packages = ("torch", "gymnasium", "numpy", "stable-baselines3")
-    peer = statistics.median(figures["Stable-Baselines3"])
+    packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
+    peer = statistics.median(figures["Stable-Baselines3, 1 process"])
     args.results.parent.mkdir(parents=True, exist_ok=True)
     print("\n| contender | steps/s, median | lowest | highest | times SB3 |\n| --- | --- | --- | --- | --- |")
     with args.results.open("a") as file:
         for name, values in figures.items():
+            launcher, file_name, extra = CONTENDERS[name]
             row = {
                 "contender": name,
-                "flags": " ".join(flags),
+                "command": " ".join([Path(launcher[0]).name, *launcher[1:], file_name, *flags, *extra]),
                 "steps_per_second": [round(value, 1) for value in values],
                 "median": round(statistics.median(values), 1),
                 "times_sb3": round(statistics.median(values) / peer, 3),
                 "date": time.strftime("%Y-%m-%d"),
-                "source_sha256": hashlib.sha256((PEER if "SB3" in name else FILE).read_bytes()).hexdigest()[:16],
-                "versions": {name: importlib.metadata.version(name) for name in packages},
+                "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
+                "versions": {package: importlib.metadata.version(package) for package in packages},
                 "python": platform.python_version(),
                 "cpu": cpu_model(),
             }
