@@ -56,7 +56,7 @@ class Args:
     vec_env: Literal["sync", "async", "native"] = "sync"
     """step in this process, in one process per environment, or by the environment's own vector implementation"""
     num_envs: int = 4
-    """environments per rank"""
+    """environments per rank that steps them"""
 
     # algorithm
     total_timesteps: int = 100_000
@@ -78,7 +78,7 @@ class Args:
     ortho_init: bool = True
     """initialise the layers orthogonally"""
     normalize_advantages: bool = True
-    """normalise the advantages over the batch of all ranks"""
+    """normalise the advantages over the rollouts of all ranks"""
     clip_coef: float = 0.2
     """clip the probability ratio to 1 - clip_coef .. 1 + clip_coef"""
     clip_vloss: bool = False
@@ -94,9 +94,9 @@ class Args:
 
     # distributed
     per_rank_batch_size: int = 128
-    """rows per minibatch and rank"""
+    """rows per minibatch and training rank"""
     share_data: bool = False
-    """gather the rollouts of all ranks and shuffle them together; each rank trains on its part of each minibatch"""
+    """shuffle the rollouts of all ranks together; each training rank takes its part of every minibatch"""
     num_threads: int = 1
     """torch's CPU threads per rank: networks of this size run slower on more"""
 
@@ -230,11 +230,10 @@ def to_env(actions: Tensor, action_space: gym.Space) -> np.ndarray:
 def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndarray) -> dict[str, Tensor]:
     """The rollout's buffers on the host; their last row starts the next rollout, so it holds the first observation."""
     T, N = num_steps, num_envs
+    action_shape, action_type = ((), torch.int64) if agent.discrete else ((agent.num_outputs,), torch.float32)
     storage = {
         "obs": torch.zeros(T + 1, N, first_obs.shape[-1]),
-        "actions": torch.zeros(T + 1, N, dtype=torch.int64)
-        if agent.discrete
-        else torch.zeros(T + 1, N, agent.num_outputs),
+        "actions": torch.zeros(T + 1, N, *action_shape, dtype=action_type),
         "rewards": torch.zeros(T, N),
         "terminated": torch.zeros(T, N, dtype=torch.bool),
         "dones": torch.zeros(T + 1, N, dtype=torch.bool),  # dones[t]: an episode ended just before row t
