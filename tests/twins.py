@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "ppo_torch_ddp.py"
-TWINS = ("ppo_fabric.py",)
+TWINS = ("ppo_fabric.py", "ppo_fabric_decoupled.py")
 MAY_DIFFER = {
     "update": "Fabric runs the backward pass, the clipping and the reduction",
     "main": "Fabric sets up the processes, the device, the model and the logger",
