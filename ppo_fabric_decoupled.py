@@ -437,6 +437,19 @@ def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_di
     return returns
 
 
+def meet(group: TorchCollective, bad_obs: float, bad_rewards: float, iteration: int, env_id: str) -> None:
+    """Wait until a player and all trainers are there, which tells waiting from talking; stop all if there is cause.
+
+    The player brings its counts of non-finite observations and rewards, the trainers 0.
+    """
+    bad_obs, bad_rewards = group.all_reduce(torch.tensor([bad_obs, bad_rewards], dtype=torch.float64)).tolist()
+    if bad_obs or bad_rewards:
+        raise SystemExit(
+            f"error: iteration {iteration}: {env_id} gave {bad_obs:.0f} non-finite observations and "
+            f"{bad_rewards:.0f} non-finite rewards"
+        )
+
+
 def batch_like(envs: gym.vector.VectorEnv, agent: Agent) -> dict[str, Tensor]:
     """A batch of one row, which tells a trainer the names, types and row shapes of what the players send."""
     storage = make_storage(1, 1, agent, np.zeros((1, *envs.single_observation_space.shape)))
@@ -533,11 +546,6 @@ def play(
             count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, bad_obs, bad_rewards = (
                 sums.tolist()
             )
-            if bad_obs or bad_rewards:
-                raise SystemExit(
-                    f"error: iteration {turn}: {args.env_id} gave {bad_obs:.0f} non-finite observations and "
-                    f"{bad_rewards:.0f} non-finite rewards"
-                )
             adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
             if args.normalize_advantages:
                 batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
@@ -550,9 +558,9 @@ def play(
             if num_episodes:
                 metrics |= {"Rewards/rew_avg": sum_return / num_episodes, "Game/ep_len_avg": sum_length / num_episodes}
 
-            # the trainers get the rollout; the barrier tells waiting for them from talking to them
+            # the trainers get the rollout
             time_before = time.perf_counter()
-            rollout_group.barrier()
+            meet(rollout_group, bad_obs, bad_rewards, turn, args.env_id)
             time_ready = time.perf_counter()
             send_rollout(batch, args, rank, num_trainers, rollout_group)
             wait_seconds += time_ready - time_before
@@ -644,7 +652,7 @@ def train(
         parts, wait_seconds, start_time = [], 0.0, time.perf_counter()
         for player, group in enumerate(rollout_groups):
             time_before = time.perf_counter()
-            group.barrier()
+            meet(group, 0, 0, iteration, args.env_id)
             wait_seconds += time.perf_counter() - time_before
             parts.append(receive_rollout(like, args, player, num_trainers, group))
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}

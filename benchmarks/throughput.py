@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 PYTHON = [sys.executable]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
-FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
+FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
 # name: launcher, file, further flags
 CONTENDERS = {
     "torch, 1 process": (PYTHON, "ppo_torch_ddp.py", []),
@@ -38,6 +38,8 @@ CONTENDERS = {
     "Stable-Baselines3, 1 process": (PYTHON, "benchmarks/peer_sb3.py", []),
     "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", []),
     "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", []),
+    "decoupled, 1 player, 1 trainer": (FABRIC_RUN, "ppo_fabric_decoupled.py", []),
+    "decoupled, 1 player, 1 trainer, overlap": (FABRIC_RUN, "ppo_fabric_decoupled.py", ["--overlap"]),
 }
 CLEANRL = (
     "--env-id CartPole-v1 --num-envs 4 --num-steps 128 --per-rank-batch-size 128 --update-epochs 4 "

@@ -47,5 +47,5 @@ if __name__ == "__main__":
     module = load(path)
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))
-    del notes["model"]
+    notes.pop("model", None)
     torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))

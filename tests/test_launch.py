@@ -1,8 +1,11 @@
 """The shipped files under their real launchers."""
 
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ppo_torch_ddp as ppo
 from launch import BIN, ROOT, TESTS, Command, fabric_run, free_port, run, torchrun
 
-TORCH, FABRIC = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py"
-LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run}
+TORCH, FABRIC, DECOUPLED = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py", ROOT / "ppo_fabric_decoupled.py"
+LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
@@ -137,6 +140,71 @@ def test_the_coupled_twins_log_the_same(tmp_path):
         assert logs[0][tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in logs[1][tag]]
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_one_player_and_one_trainer_end_with_the_bits_of_one_process(tmp_path, env_id):
+    flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id]
+    ends = []
+    for file, ranks in ((TORCH, 1), (DECOUPLED, 2)):
+        (tmp_path / file.stem).mkdir()
+        ends.append(run_probe(file, tmp_path / file.stem, *flags, ranks=ranks)[-1])
+    for mine, yours in zip(ends[0]["after"], ends[1]["after"], strict=True):
+        assert torch.equal(mine, yours)
+    assert ends[0]["steps"] == ends[1]["steps"] == 1024 // (4 * 32) * 2 * 4
+    logs = [scalars(tmp_path / file.stem / "logs") for file in (TORCH, DECOUPLED)]
+    assert logs[0] == {tag: points for tag, points in logs[1].items() if tag != "Info/policy_lag"}
+    assert {value for _, value in logs[1]["Info/policy_lag"]} == {0}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("share_data", [False, True])
+def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
+    """Two players, three trainers, 2 x 4 x 32 rows, which three does not divide."""
+    switches = [*(["--share-data"] if share_data else []), *(["--overlap"] if overlap else [])]
+    flags = [*SMALL, "--total-timesteps", 1024, "--num-players", 2, *switches]
+    runs = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        runs.append(run_probe(DECOUPLED, folder, *flags, ranks=5)[2:])
+    for iteration in range(4):
+        for run_ in runs:  # the trainers agree, and the same command does the same
+            for trainer in run_:
+                assert torch.equal(trainer["after"][iteration], runs[0][0]["after"][iteration])
+        batches = [trainer["batches"][iteration] for trainer in runs[0]]
+        rows = [batch["obs"][batch["valid"]] for batch in batches]
+        if share_data:
+            assert [len(batch["valid"]) for batch in batches] == [256] * 3
+            assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+        else:
+            assert [len(batch["valid"]) for batch in batches] == [2 * 43] * 3  # 128 rows of a player make 3 x 43 - 1
+            assert sum(len(batch["valid"]) - batch["valid"].sum() for batch in batches) >= 2
+            rows = [torch.cat(rows)]
+        assert len(rows[0].unique(dim=0)) == len(rows[0])  # no row twice
+    minibatches = round(256 / (32 * 3))  # with or without sharing
+    assert all(trainer["steps"] == 4 * 2 * minibatches for trainer in runs[0])
+    logs = scalars(tmp_path / "a")
+    assert logs == scalars(tmp_path / "b")
+    assert [value for _, value in logs["Info/policy_lag"]] == ([0, 1, 1, 1] if overlap else [0] * 4)
+    assert len(logs["Loss/policy_loss"]) == len(logs["Info/learning_rate"]) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_decoupled_run(tmp_path, rank):
+    flags = ["--total-timesteps", 10_000_000, "--env-id", "toy_envs:Diary-v0"]
+    command = Command([*fabric_run(3), DECOUPLED, *flags], cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.rglob("events.*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    (pid,) = [pid for pid in command.pids() if f"RANK={rank}" in environment(pid)]
+    os.kill(pid, signal.SIGKILL)
+    status, output = command.finish(timeout=30)
+    assert status != 0 and "SIGKILL" in output
+
+
+def environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+
+
 @pytest.mark.parametrize("options", [["--precision=bf16-mixed"], ["--strategy=ddp"]], ids="".join)
 def test_fabric_options(tmp_path, options):
     output = run([*fabric_run(1, *options), FABRIC, *SMALL, "--total-timesteps", 512], cwd=tmp_path)
@@ -197,6 +265,18 @@ BAD_FOR_FABRIC = {
 }
 
 
+BAD_FOR_DECOUPLED = {
+    "one rank": (1, "", "--num-players 1 of 1 ranks"),
+    "players": (2, "--num-players 2", "--num-players 2 of 2 ranks"),
+    "trainers": (3, "--num-envs 1 --num-steps 1 --per-rank-batch-size 1", "2 trainers"),
+    "player on a GPU": (2, "--player-on-gpu", "--player-on-gpu needs --cuda"),
+    "no GPU": (2, "--cuda", "--cuda"),
+    "unknown environment": (3, "--env-id NoSuch-v0", "NoSuch"),
+    "zero updates": (2, "--total-timesteps 500", "--total-timesteps 500"),
+    "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", "non-finite rewards"),
+}
+
+
 def fails_with_one_line(command: list, folder: Path, said: str) -> None:
     """Start-up and end within 20 s, no process left, a status that is not 0, and one message instead of a traceback."""
     status, output = Command(command, cwd=folder).finish(timeout=20)
@@ -216,6 +296,12 @@ def test_bad_input_to_the_torch_file(tmp_path, case):
 def test_bad_input_to_the_fabric_file(tmp_path, case):
     options, flags, said = BAD_FOR_FABRIC[case]
     fails_with_one_line([*fabric_run(2, *options), FABRIC, *flags.split()], tmp_path, said)
+
+
+@pytest.mark.parametrize("case", BAD_FOR_DECOUPLED)
+def test_bad_input_to_the_decoupled_file(tmp_path, case):
+    ranks, flags, said = BAD_FOR_DECOUPLED[case]
+    fails_with_one_line([*fabric_run(ranks), DECOUPLED, *flags.split()], tmp_path, said)
 
 
 def test_torchrun_is_not_for_the_fabric_file(tmp_path):

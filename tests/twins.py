@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = "ppo_torch_ddp.py"
 TWINS = ("ppo_fabric.py", "ppo_fabric_decoupled.py")
 MAY_DIFFER = {
-    "update": "Fabric runs the backward pass, the clipping and the reduction",
-    "main": "Fabric sets up the processes, the device, the model and the logger",
+    "update": "Fabric runs the backward pass, the clipping and the reduction; decoupled, the trainers alone reduce",
+    "main": "Fabric sets up processes, device, model and logger; decoupled, ranks differ in what they do",
 }
 
 # what each hunk of the diff between the coupled files is about, in order
