@@ -2,8 +2,9 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --workload lunarlander
 
-CleanRL's CartPole setting, one thread a process. Machines are shared and noisy, so the contenders take turns and
+One thread a process. Machines are shared and noisy, so the contenders take turns and
 what counts is the ratio of the medians. A steps-per-second figure is environment steps (reset rows left out) over wall
 time, from the end of iteration `--warmup` to the end of the last: logging is in it, starting up is not.
 Rows go to benchmarks/results/throughput.jsonl.
@@ -12,6 +13,7 @@ Rows go to benchmarks/results/throughput.jsonl.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,15 +44,22 @@ CONTENDERS = {
     "decoupled, 1 player, 1 trainer": (FABRIC_RUN, "ppo_fabric_decoupled.py", []),
     "decoupled, 1 player, 1 trainer, overlap": (FABRIC_RUN, "ppo_fabric_decoupled.py", ["--overlap"]),
 }
-CLEANRL = (
-    "--env-id CartPole-v1 --num-envs 4 --num-steps 128 --per-rank-batch-size 128 --update-epochs 4 "
+COMMON = (
     "--learning-rate 2.5e-4 --clip-coef 0.2 --clip-vloss --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
-    "--gamma 0.99 --gae-lambda 0.95 --num-threads 1"
+    "--gamma 0.99 --gae-lambda 0.95 --num-threads 1 --num-envs 4 --num-steps 128 --per-rank-batch-size 128"
 )
+DECOUPLED = ["decoupled, 1 player, 1 trainer", "decoupled, 1 player, 1 trainer, overlap"]
+# name: flags, contenders; stepping takes about as long as the update in the second, so that overlapping gains most
+WORKLOADS = {
+    "cartpole": (f"--env-id CartPole-v1 --update-epochs 4 {COMMON}", list(CONTENDERS)),
+    "lunarlander": (f"--env-id LunarLander-v3 --update-epochs 6 {COMMON}", ["torch, 1 process", *DECOUPLED]),
+}
 
 
 @dataclass
 class Args:
+    workload: Literal["cartpole", "lunarlander"] = "cartpole"
+    """CleanRL's CartPole setting, or LunarLander-v3 with 6 epochs"""
     repeats: int = 5
     """runs of each contender"""
     total_timesteps: int = 51_200
@@ -75,26 +85,32 @@ def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> flo
 
 
 def main(args: Args) -> None:
-    flags = [*CLEANRL.split(), "--total-timesteps", str(args.total_timesteps)]
-    figures = {name: [] for name in CONTENDERS}
+    workload_flags, contenders = WORKLOADS[args.workload]
+    flags = [*workload_flags.split(), "--total-timesteps", str(args.total_timesteps)]
+    figures = {name: [] for name in contenders}
     for repeat in range(args.repeats):
-        for name, (launcher, file, extra) in CONTENDERS.items():
+        for name in contenders:
+            launcher, file, extra = CONTENDERS[name]
             figures[name].append(measure(launcher, file, [*flags, *extra], args))
             print(f"{repeat + 1}/{args.repeats} {name}: {figures[name][-1]:.0f} steps/s", flush=True)
 
     packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
-    peer = statistics.median(figures["Stable-Baselines3, 1 process"])
+    one_process = statistics.median(figures["torch, 1 process"])
+    peer = statistics.median(figures.get("Stable-Baselines3, 1 process", [math.nan]))
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    print("\n| contender | steps/s, median | lowest | highest | times SB3 |\n| --- | --- | --- | --- | --- |")
+    print("\n| contender | steps/s, median | lowest | highest | times torch, 1 process | times SB3 |")
+    print("| --- | --- | --- | --- | --- | --- |")
     with args.results.open("a") as file:
         for name, values in figures.items():
             launcher, file_name, extra = CONTENDERS[name]
             row = {
+                "workload": args.workload,
                 "contender": name,
                 "command": " ".join([Path(launcher[0]).name, *launcher[1:], file_name, *flags, *extra]),
                 "steps_per_second": [round(value, 1) for value in values],
                 "median": round(statistics.median(values), 1),
-                "times_sb3": round(statistics.median(values) / peer, 3),
+                "times_one_process": round(statistics.median(values) / one_process, 3),
+                "times_sb3": round(statistics.median(values) / peer, 3) if peer == peer else None,
                 "date": time.strftime("%Y-%m-%d"),
                 "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
                 "versions": {package: importlib.metadata.version(package) for package in packages},
@@ -102,7 +118,8 @@ def main(args: Args) -> None:
                 "cpu": cpu_model(),
             }
             file.write(json.dumps(row) + "\n")
-            print(f"| {name} | {row['median']:.0f} | {min(values):.0f} | {max(values):.0f} | {row['times_sb3']:.2f} |")
+            ratios = f"{row['times_one_process']:.2f} | {row['times_sb3'] or '-'}"
+            print(f"| {name} | {row['median']:.0f} | {min(values):.0f} | {max(values):.0f} | {ratios} |")
 
 
 def cpu_model() -> str:
