@@ -483,9 +483,9 @@ def receive_rollout(
 
 def send_parameters(agent: Agent, means: Tensor, seconds: list[float], args: Args, group: TorchCollective) -> None:
     """Send all players one message: the parameters, the means of the update, and the seconds that the trainer took."""
-    parameters = [parameter.detach().flatten().cpu() for parameter in agent.parameters()]
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach().cpu()
     group.barrier()
-    group.broadcast(torch.cat([*parameters, means, torch.tensor(seconds)]), args.num_players)
+    group.broadcast(torch.cat([parameters, means, torch.tensor(seconds)]), args.num_players)
 
 
 def play(
