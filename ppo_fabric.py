@@ -93,7 +93,7 @@ class Args:
     """end the update after an epoch whose mean approximate KL divergence is above this"""
 
     # distributed
-    per_rank_batch_size: int = 128
+    per_rank_batch_size: int = 64
     """rows per minibatch and training rank"""
     share_data: bool = False
     """shuffle the rollouts of all ranks together; each training rank takes its part of every minibatch"""

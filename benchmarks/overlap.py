@@ -28,7 +28,7 @@ FILE = ROOT / "ppo_fabric_decoupled.py"
 LAUNCHER = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
 ENVIRONMENTS = {
     "CartPole-v1": "--num-envs 4",
-    "LunarLander-v3": "--total-timesteps 300000 --num-envs 8 --num-steps 256 --per-rank-batch-size 64 "
+    "LunarLander-v3": "--total-timesteps 300000 --num-envs 8 --num-steps 256 "
     "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
 }
 

@@ -266,9 +266,9 @@ def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
 
 
 def test_target_kl_ends_the_update(run_main):
-    steps = 10 * 4  # 10 epochs of 4 minibatches
+    steps = 10 * 8  # 10 epochs of 8 minibatches
     assert run_main(total_timesteps=512, eval_episodes=0)["steps"] == steps
-    assert run_main(total_timesteps=512, eval_episodes=0, target_kl=1e-6)["steps"] == 4
+    assert run_main(total_timesteps=512, eval_episodes=0, target_kl=1e-6)["steps"] == 8
 
 
 def test_evaluation_is_greedy_and_of_whole_episodes():
