@@ -449,7 +449,7 @@ def main(args: Args) -> None:
     if num_iterations == 0:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
 
-    # seeds: the same parameters everywhere, streams of its own for each rank's actions and environments
+    # seeds: the same parameters everywhere, streams of their own for each rank's environments, actions and shuffling
     random.seed(args.seed + rank)
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)
@@ -556,6 +556,7 @@ def main(args: Args) -> None:
 
     envs.close()
     if rank == 0:
+        progress.total = global_step  # reset rows were no steps
         progress.close()
         hparams = {name: str(value) if value is None else value for name, value in vars(args).items()}
         writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")

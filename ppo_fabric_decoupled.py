@@ -619,6 +619,7 @@ def play(
 
     envs.close()
     if rank == 0:
+        progress.total = global_step  # reset rows were no steps
         progress.close()
         hparams = {name: str(value) if value is None else value for name, value in vars(args).items()}
         writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")
@@ -714,7 +715,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
-    # seeds: the same parameters everywhere, streams of its own for each player's environments and actions
+    # seeds: the same parameters everywhere, streams of their own for each rank's environments, actions and shuffling
     random.seed(args.seed + rank)
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)
