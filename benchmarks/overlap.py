@@ -4,11 +4,13 @@
     python benchmarks/overlap.py
 
 One player and one trainer through `fabric run`. A finished run's row, in benchmarks/results/overlap.jsonl, is not run
-again. The figure goes to benchmarks/results/overlap.png.
+again: delete the file after a change of ppo_fabric_decoupled.py or of the flags. The figure goes to benchmarks/results/overlap.png.
 """
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -28,7 +31,7 @@ FILE = ROOT / "ppo_fabric_decoupled.py"
 LAUNCHER = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
 ENVIRONMENTS = {
     "CartPole-v1": "--num-envs 4",
-    "LunarLander-v3": "--total-timesteps 300000 --num-envs 8 --num-steps 256 "
+    "LunarLander-v3": "--total-timesteps 200000 --num-envs 8 --num-steps 256 "
     "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
 }
 
@@ -64,13 +67,16 @@ def run(env_id: str, overlap: bool, seed: int) -> dict:
         "greedy_return": round(evaluation, 2),
         "seconds": round(time.perf_counter() - start_time, 1),
         "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")},
+        "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "curve": curve,
     }
 
 
 def plot(rows: list[dict]) -> None:
-    """Mean over seeds and its 95% interval of the returns, each curve smoothed over a twentieth of the run."""
+    """Mean over seeds and its 95% interval (Student's t) of the returns, each curve smoothed over a twentieth of the run."""
+    student = scipy.stats.t.ppf(0.975, df=len({row["seed"] for row in rows}) - 1)
     figure, axes = plt.subplots(1, len(ENVIRONMENTS), figsize=(11, 4))
     for axis, env_id in zip(axes, ENVIRONMENTS, strict=True):
         for overlap, color in ((False, "tab:blue"), (True, "tab:orange")):
@@ -81,7 +87,7 @@ def plot(rows: list[dict]) -> None:
             smooth = np.array(
                 [[curve[np.abs(curve[:, 0] - step) <= window, 1].mean() for step in steps] for curve in curves]
             )
-            mean, half = smooth.mean(0), 1.96 * smooth.std(0, ddof=1) / np.sqrt(len(curves))
+            mean, half = smooth.mean(0), student * smooth.std(0, ddof=1) / np.sqrt(len(curves))
             axis.plot(steps, mean, color=color, label="--overlap" if overlap else "alternating")
             axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         axis.set(
