@@ -111,8 +111,10 @@ class Args:
 
     def __post_init__(self) -> None:
         rules = (
-            ("num_envs total_timesteps num_steps update_epochs per_rank_batch_size num_threads", 1, math.inf),
-            ("seed eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
+            ("num_envs total_timesteps update_epochs per_rank_batch_size num_threads", 1, math.inf),
+            ("num_steps", 2, math.inf),  # of two steps of an environment one at least is no reset
+            ("seed", 0, 2**31),
+            ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
             ("learning_rate clip_coef max_grad_norm target_kl", sys.float_info.min, math.inf),
             ("gamma gae_lambda", 0, 1),
         )
@@ -123,11 +125,6 @@ class Args:
                     least = "positive" if 0 < low < 1 else f"at least {low}"
                     most = f" and at most {high}" if high < math.inf else ""
                     raise SystemExit(f"error: --{name.replace('_', '-')} must be {least}{most}, not {value}")
-        if self.per_rank_batch_size > self.num_envs * self.num_steps:
-            raise SystemExit(
-                f"error: --per-rank-batch-size {self.per_rank_batch_size} is more than the rollout of a rank: "
-                f"--num-envs {self.num_envs} times --num-steps {self.num_steps}"
-            )
 
 
 def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = None) -> gym.vector.VectorEnv:
@@ -151,7 +148,7 @@ def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = 
         else:
             vectorize = gym.vector.AsyncVectorEnv if vec_env == "async" else gym.vector.SyncVectorEnv
             envs = vectorize([partial(make_env, index) for index in range(num_envs)])
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise SystemExit(f"error: --env-id {env_id} --vec-env {vec_env}: {error}") from error
 
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -395,16 +392,16 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: dict[str, Tensor], rewards: Tensor, episodes: list[tuple[float, int]]) -> Tensor:
+def batch_sums(batch: dict[str, Tensor], rollout: dict[str, Tensor], episodes: list[tuple[float, int]]) -> Tensor:
     """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Last the counts of non-finite observations and rewards.
+    that ended: count, sums of returns and lengths. Last the rollout's counts of non-finite observations and rewards.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
-    bad_counts = [(~x.isfinite()).sum() for x in (batch["obs"], rewards)]
+    bad_counts = [(~rollout[name].isfinite()).sum() for name in ("obs", "rewards")]
     return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
@@ -417,14 +414,17 @@ def unpack(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `pack` for any number of rows, with the names, types and row shapes of `like`."""
     columns = packed.split([tensor[0].numel() * tensor.element_size() for tensor in like.values()], dim=1)
     return {
-        name: column.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        name: column.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(-1, *tensor.shape[1:])
         for (name, tensor), column in zip(like.items(), columns, strict=True)
     }
 
 
 @torch.inference_mode()
 def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_dir: str | None = None) -> np.ndarray:
-    """Returns (eval_episodes,) of greedy episodes, each the first one of an environment of its own."""
+    """Returns (eval_episodes,) of greedy episodes, each the first one of an environment of its own.
+
+    It ends when they have all ended: give an environment that can go on for ever a `max_episode_steps`.
+    """
     envs = make_envs(args.env_id, args.eval_episodes, "sync", video_dir)
     obs, _ = envs.reset(seed=seed)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
@@ -437,17 +437,27 @@ def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_di
     return returns
 
 
-def meet(group: TorchCollective, bad_obs: float, bad_rewards: float, iteration: int, env_id: str) -> None:
-    """Wait until a player and all trainers are there, which tells waiting from talking; stop all if there is cause.
+def meet(group: TorchCollective, bad_counts: list[float]) -> list[float]:
+    """Wait until a player and all trainers are there, which tells waiting from talking.
 
-    The player brings its counts of non-finite observations and rewards, the trainers 0.
+    The player brings its counts of non-finite observations and rewards, the trainers zeros; all get the player's.
     """
-    bad_obs, bad_rewards = group.all_reduce(torch.tensor([bad_obs, bad_rewards], dtype=torch.float64)).tolist()
-    if bad_obs or bad_rewards:
+    return group.all_reduce(torch.tensor(bad_counts, dtype=torch.float64)).tolist()
+
+
+def stop_if_bad(bad_counts: list[float], iteration: int, args: Args) -> None:
+    """End this rank, as all others do, if the environments gave something that is not finite."""
+    if any(bad_counts):
         raise SystemExit(
-            f"error: iteration {iteration}: {env_id} gave {bad_obs:.0f} non-finite observations and "
-            f"{bad_rewards:.0f} non-finite rewards"
+            f"error: iteration {iteration}: {args.env_id} gave {bad_counts[0]:.0f} non-finite observations and "
+            f"{bad_counts[1]:.0f} non-finite rewards"
         )
+
+
+def stop_if_diverged(means: Tensor, iteration: int) -> None:
+    """End this rank, as all others do, if an update's means are not finite."""
+    if not means.isfinite().all():
+        raise SystemExit(f"error: iteration {iteration}: the loss or its gradient is not finite")
 
 
 def batch_like(envs: gym.vector.VectorEnv, agent: Agent) -> dict[str, Tensor]:
@@ -459,17 +469,20 @@ def batch_like(envs: gym.vector.VectorEnv, agent: Agent) -> dict[str, Tensor]:
 
 
 def send_rollout(batch: dict[str, Tensor], args: Args, rank: int, num_trainers: int, group: TorchCollective) -> None:
-    """Send a player's rows to the trainers: all rows to all with `share_data`, else equal parts, padded by zero rows.
+    """Send a player's rows to the trainers: all rows to all with `share_data`, else equal parts.
 
-    A row of zeros is not `valid`, so that it counts nowhere.
+    What parts lack in rows is made up by copies of the first ones, which are not `valid` and so count nowhere.
     """
-    rows = pack(batch).cpu()
     if args.share_data:
-        group.broadcast(rows, rank)
-    else:
-        rows = nn.functional.pad(rows, (0, 0, 0, -len(rows) % num_trainers))
-        parts = [rows[i::num_trainers].contiguous() for i in range(num_trainers)]
-        group.scatter(torch.empty_like(parts[0]), [torch.empty_like(parts[0]), *parts], rank)
+        group.broadcast(pack(batch).cpu(), rank)
+        return
+    num_rows = len(batch["valid"])
+    index = torch.arange(num_rows + -num_rows % num_trainers, device=batch["valid"].device) % num_rows
+    batch = {name: tensor[index] for name, tensor in batch.items()}
+    batch["valid"][num_rows:] = False
+    rows = pack(batch).cpu()
+    parts = [rows[i::num_trainers].contiguous() for i in range(num_trainers)]
+    group.scatter(torch.empty_like(parts[0]), [torch.empty_like(parts[0]), *parts], rank)
 
 
 def receive_rollout(
@@ -540,12 +553,10 @@ def play(
             batch["returns"] = batch["advantages"] + batch["values"]
 
             # statistics over all players
-            sums = batch_sums(batch, rollout["rewards"], episodes).cpu()
+            sums = batch_sums(batch, rollout, episodes).cpu()
             if args.num_players > 1:
                 player_group.all_reduce(sums)
-            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, bad_obs, bad_rewards = (
-                sums.tolist()
-            )
+            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad_counts = sums.tolist()
             adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
             if args.normalize_advantages:
                 batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
@@ -560,7 +571,7 @@ def play(
 
             # the trainers get the rollout
             time_before = time.perf_counter()
-            meet(rollout_group, bad_obs, bad_rewards, turn, args.env_id)
+            stop_if_bad(meet(rollout_group, bad_counts), turn, args)
             time_ready = time.perf_counter()
             send_rollout(batch, args, rank, num_trainers, rollout_group)
             wait_seconds += time_ready - time_before
@@ -571,6 +582,7 @@ def play(
         parameter_group.barrier()
         time_ready = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
+        stop_if_diverged(message[-9:-3], turn - lag)
         with torch.no_grad():
             for parameter, values in zip(agent.parameters(), message.split([*sizes, 9]), strict=False):
                 parameter.copy_(values.view_as(parameter))
@@ -653,12 +665,15 @@ def train(
         parts, wait_seconds, start_time = [], 0.0, time.perf_counter()
         for player, group in enumerate(rollout_groups):
             time_before = time.perf_counter()
-            meet(group, 0, 0, iteration, args.env_id)
+            bad_counts = meet(group, [0.0, 0.0])
             wait_seconds += time.perf_counter() - time_before
-            parts.append(receive_rollout(like, args, player, num_trainers, group))
+            if not any(bad_counts):
+                parts.append(receive_rollout(like, args, player, num_trainers, group))
+        stop_if_bad(bad_counts, iteration, args)
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
         if args.overlap and rank == 0:
             send_parameters(agent, means, seconds, args, parameter_group)
+        stop_if_diverged(means, iteration - 1)
         received_time = time.perf_counter()
 
         # update
@@ -668,13 +683,15 @@ def train(
         if num_trainers > 1:
             trainer_group.all_reduce(means)
         means = (means / num_trainers).cpu()
-        if not means.isfinite().all():
-            raise SystemExit(f"error: iteration {iteration}: the loss or its gradient is not finite")
         seconds = [wait_seconds, received_time - start_time - wait_seconds, time.perf_counter() - received_time]
-        if not args.overlap and rank == 0:
+        if not args.overlap:
+            if rank == 0:
+                send_parameters(agent, means, seconds, args, parameter_group)
+            stop_if_diverged(means, iteration)
+    if args.overlap:
+        if rank == 0:
             send_parameters(agent, means, seconds, args, parameter_group)
-    if args.overlap and rank == 0:
-        send_parameters(agent, means, seconds, args, parameter_group)
+        stop_if_diverged(means, num_iterations)
 
 
 def main(args: Args) -> None:

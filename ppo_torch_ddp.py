@@ -103,8 +103,10 @@ class Args:
 
     def __post_init__(self) -> None:
         rules = (
-            ("num_envs total_timesteps num_steps update_epochs per_rank_batch_size num_threads", 1, math.inf),
-            ("seed eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
+            ("num_envs total_timesteps update_epochs per_rank_batch_size num_threads", 1, math.inf),
+            ("num_steps", 2, math.inf),  # of two steps of an environment one at least is no reset
+            ("seed", 0, 2**31),
+            ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
             ("learning_rate clip_coef max_grad_norm target_kl", sys.float_info.min, math.inf),
             ("gamma gae_lambda", 0, 1),
         )
@@ -115,11 +117,6 @@ class Args:
                     least = "positive" if 0 < low < 1 else f"at least {low}"
                     most = f" and at most {high}" if high < math.inf else ""
                     raise SystemExit(f"error: --{name.replace('_', '-')} must be {least}{most}, not {value}")
-        if self.per_rank_batch_size > self.num_envs * self.num_steps:
-            raise SystemExit(
-                f"error: --per-rank-batch-size {self.per_rank_batch_size} is more than the rollout of a rank: "
-                f"--num-envs {self.num_envs} times --num-steps {self.num_steps}"
-            )
 
 
 def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = None) -> gym.vector.VectorEnv:
@@ -143,7 +140,7 @@ def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = 
         else:
             vectorize = gym.vector.AsyncVectorEnv if vec_env == "async" else gym.vector.SyncVectorEnv
             envs = vectorize([partial(make_env, index) for index in range(num_envs)])
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise SystemExit(f"error: --env-id {env_id} --vec-env {vec_env}: {error}") from error
 
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -386,16 +383,16 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: dict[str, Tensor], rewards: Tensor, episodes: list[tuple[float, int]]) -> Tensor:
+def batch_sums(batch: dict[str, Tensor], rollout: dict[str, Tensor], episodes: list[tuple[float, int]]) -> Tensor:
     """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Last the counts of non-finite observations and rewards.
+    that ended: count, sums of returns and lengths. Last the rollout's counts of non-finite observations and rewards.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
-    bad_counts = [(~x.isfinite()).sum() for x in (batch["obs"], rewards)]
+    bad_counts = [(~rollout[name].isfinite()).sum() for name in ("obs", "rewards")]
     return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
@@ -408,14 +405,17 @@ def unpack(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `pack` for any number of rows, with the names, types and row shapes of `like`."""
     columns = packed.split([tensor[0].numel() * tensor.element_size() for tensor in like.values()], dim=1)
     return {
-        name: column.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        name: column.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(-1, *tensor.shape[1:])
         for (name, tensor), column in zip(like.items(), columns, strict=True)
     }
 
 
 @torch.inference_mode()
 def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_dir: str | None = None) -> np.ndarray:
-    """Returns (eval_episodes,) of greedy episodes, each the first one of an environment of its own."""
+    """Returns (eval_episodes,) of greedy episodes, each the first one of an environment of its own.
+
+    It ends when they have all ended: give an environment that can go on for ever a `max_episode_steps`.
+    """
     envs = make_envs(args.env_id, args.eval_episodes, "sync", video_dir)
     obs, _ = envs.reset(seed=seed)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
@@ -448,6 +448,8 @@ def main(args: Args) -> None:
     num_iterations = args.total_timesteps // rollout_size
     if num_iterations == 0:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    if args.per_rank_batch_size * world_size > rollout_size:
+        raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
 
     # seeds: the same parameters everywhere, streams of their own for each rank's environments, actions and shuffling
     random.seed(args.seed + rank)
@@ -494,7 +496,7 @@ def main(args: Args) -> None:
         rollout_time = time.perf_counter()
 
         # communication: statistics over all ranks, and with share_data the rows themselves
-        sums = batch_sums(batch, rollout["rewards"], episodes)
+        sums = batch_sums(batch, rollout, episodes)
         if world_size > 1:
             dist.all_reduce(sums)
         count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, bad_obs, bad_rewards = (

@@ -4,7 +4,7 @@
     python benchmarks/overlap.py
 
 One player and one trainer through `fabric run`. A finished run's row, in benchmarks/results/overlap.jsonl, is not run
-again: delete the file after a change of ppo_fabric_decoupled.py or of the flags. The figure goes to benchmarks/results/overlap.png.
+again: delete the file after a change of ppo_fabric_decoupled.py or of the flags. The figure goes to overlap.png beside.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def run(env_id: str, overlap: bool, seed: int) -> dict:
 
 
 def plot(rows: list[dict]) -> None:
-    """Mean over seeds and its 95% interval (Student's t) of the returns, each curve smoothed over a twentieth of the run."""
+    """Mean over seeds and its 95% interval (Student's t), each curve smoothed over a twentieth of the run."""
     student = scipy.stats.t.ppf(0.975, df=len({row["seed"] for row in rows}) - 1)
     figure, axes = plt.subplots(1, len(ENVIRONMENTS), figsize=(11, 4))
     for axis, env_id in zip(axes, ENVIRONMENTS, strict=True):

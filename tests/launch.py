@@ -37,7 +37,8 @@ class Command:
 
     def __init__(self, command: list, cwd: Path, **env: str):
         self.mark = f"TEST_COMMAND={uuid.uuid4()}"
-        env = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1"} | env | dict([self.mark.split("=")])
+        env = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+        env = os.environ | env | dict([self.mark.split("=")])
         self.process = subprocess.Popen(
             list(map(str, command)), cwd=cwd, env=env, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -167,6 +167,7 @@ def test_a_packed_batch_unpacks_to_itself():
     }
     packed = ppo.pack(batch)
     assert packed.dtype == torch.uint8 and packed.shape == (6, 6 + 8 + 1 + 12 + 16)
+    assert torch.equal(ppo.unpack(packed[:1], batch)["obs"], batch["obs"][:1])
     for name, tensor in ppo.unpack(torch.cat([packed, packed]), batch).items():
         assert tensor.dtype == batch[name].dtype and torch.equal(tensor, torch.cat([batch[name], batch[name]]))
 
@@ -219,10 +220,10 @@ def test_batch_sums_leave_out_reset_rows():
     rng = np.random.default_rng(0)
     batch = {name: torch.from_numpy(rng.normal(size=30)) for name in ("advantages", "returns", "obs")}
     batch["valid"] = torch.from_numpy(rng.random(30) < 0.6)
-    rewards = torch.tensor([1.0, np.nan])
-    sums = ppo.batch_sums(batch, rewards, [(3.0, 5), (4.0, 7)]).tolist()
+    rollout = {"obs": torch.tensor([np.inf, np.nan, 0.0]), "rewards": torch.tensor([1.0, np.nan])}
+    sums = ppo.batch_sums(batch, rollout, [(3.0, 5), (4.0, 7)]).tolist()
     adv, ret = (batch[name].numpy()[batch["valid"].numpy()] for name in ("advantages", "returns"))
-    expected = [len(adv), adv.sum(), (adv**2).sum(), ret.sum(), (ret**2).sum(), 2, 7, 12, 0, 1]
+    expected = [len(adv), adv.sum(), (adv**2).sum(), ret.sum(), (ret**2).sum(), 2, 7, 12, 2, 1]
     np.testing.assert_allclose(sums, expected)
 
 

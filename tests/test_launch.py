@@ -52,6 +52,19 @@ def test_two_ranks_train_on_different_rollouts_and_agree(tmp_path, share_data):
         if share_data:  # both hold both rollouts, which differ
             a, b = mine["obs"].chunk(2)
             assert len(mine["obs"]) == 2 * 4 * 32 and not torch.isin(a, b).all()
+    batches = [first["batches"]] if share_data else [first["batches"], second["batches"]]
+    assert_normalised(list(zip(*batches, strict=True)), tmp_path)
+
+
+def assert_normalised(iterations: list[tuple[dict, ...]], folder: Path) -> None:
+    """The valid advantages of all parts of an iteration's batch have mean 0 and deviation 1, and they are the steps."""
+    for parts in iterations:
+        advantages = [part["advantages"][part["valid"]] for part in parts]
+        whole = torch.cat(advantages)
+        assert abs(whole.mean()) < 1e-4 and abs(whole.std(correction=0) - 1) < 1e-3
+        assert len(parts) == 1 or abs(advantages[0].mean()) > 1e-3  # of all ranks, not of each
+    steps = sum(int(part["valid"].sum()) for parts in iterations for part in parts)
+    assert scalars(folder)["Loss/policy_loss"][-1][0] == steps
 
 
 def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
@@ -98,7 +111,7 @@ def test_the_same_command_logs_the_same(tmp_path, ranks):
 
 
 def test_two_machines_and_no_seed_twice(tmp_path):
-    """Two torchrun agents on this machine, two ranks each: ten environments, and the evaluation's, one seed each."""
+    """Two torchrun agents on this machine, two ranks each: 16 environments and the evaluation's two, one seed each."""
     diary = tmp_path / "diary"
     diary.mkdir()
     rendezvous = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
@@ -179,12 +192,36 @@ def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
             assert sum(len(batch["valid"]) - batch["valid"].sum() for batch in batches) >= 2
             rows = [torch.cat(rows)]
         assert len(rows[0].unique(dim=0)) == len(rows[0])  # no row twice
+    trainers = runs[0][:1] if share_data else runs[0]
+    assert_normalised(list(zip(*(trainer["batches"] for trainer in trainers), strict=True)), tmp_path / "a")
     minibatches = round(256 / (32 * 3))  # with or without sharing
     assert all(trainer["steps"] == 4 * 2 * minibatches for trainer in runs[0])
+    assert_acted(runs[0][0], lag=int(overlap))
     logs = scalars(tmp_path / "a")
     assert logs == scalars(tmp_path / "b")
     assert [value for _, value in logs["Info/policy_lag"]] == ([0, 1, 1, 1] if overlap else [0] * 4)
     assert len(logs["Loss/policy_loss"]) == len(logs["Info/learning_rate"]) == 4
+
+
+def assert_acted(notes: dict, lag: int) -> None:
+    """The log-probabilities of rollout k are those of the parameters after update k - 1 - lag, and of no other's."""
+    parameters = [notes["before"]] * 2 + notes["after"]
+    agent = ppo.Agent(*cartpole_spaces(), "tanh", True)
+    for k, batch in enumerate(notes["batches"]):
+        for other in (0, 1):
+            torch.nn.utils.vector_to_parameters(parameters[k + 1 - other].clone(), agent.parameters())
+            with torch.no_grad():
+                log_probs = agent(batch["obs"], batch["actions"])[0]
+            acted = torch.allclose(log_probs, batch["log_probs"], atol=1e-5)
+            assert acted == (other == lag or k == 0)
+
+
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
+def test_training_ranks_stop_together_on_target_kl(tmp_path, file, ranks):
+    notes = run_probe(file, tmp_path, *SMALL, "--total-timesteps", 512, "--target-kl", 1e-9, ranks=ranks)[-2:]
+    minibatches = 4 * 32 // 32 if file != DECOUPLED else 4 * 32 // 2 // 32
+    for note in notes:  # the first epoch of each update and no more
+        assert note["steps"] == len(note["after"]) * minibatches and len(note["after"]) >= 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -250,6 +287,12 @@ BAD = {
     "fraction": ("--gamma 1.5", "--gamma"),
     "not a number": ("--learning-rate nan", "--learning-rate"),
     "no GPU": ("--cuda", "--cuda"),
+    "NaN in the last observation": (
+        "--env-id toy_envs:NanObs-v0 --num-steps 5 --per-rank-batch-size 4",
+        "non-finite observations",
+    ),
+    "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
+    "seed": ("--seed 5000000000", "--seed"),
     "NaN observation": ("--env-id toy_envs:NanObs-v0", "non-finite observations"),
     "NaN reward": ("--env-id toy_envs:NanReward-v0", "non-finite rewards"),
 }
@@ -262,18 +305,22 @@ BAD_FOR_FABRIC = {
     "zero updates": ([], "--total-timesteps 1000", "--total-timesteps 1000"),
     "negative size": ([], "--num-envs -1", "--num-envs"),
     "NaN reward": ([], "--env-id toy_envs:NanReward-v0", "non-finite rewards"),
+    "divergence": ([], "--learning-rate 1e30", "the loss or its gradient"),
 }
 
 
 BAD_FOR_DECOUPLED = {
     "one rank": (1, "", "--num-players 1 of 1 ranks"),
     "players": (2, "--num-players 2", "--num-players 2 of 2 ranks"),
-    "trainers": (3, "--num-envs 1 --num-steps 1 --per-rank-batch-size 1", "2 trainers"),
+    "trainers": (4, "--num-envs 1 --num-steps 2 --per-rank-batch-size 1", "3 trainers"),
     "player on a GPU": (2, "--player-on-gpu", "--player-on-gpu needs --cuda"),
     "no GPU": (2, "--cuda", "--cuda"),
     "unknown environment": (3, "--env-id NoSuch-v0", "NoSuch"),
     "zero updates": (2, "--total-timesteps 500", "--total-timesteps 500"),
     "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", "non-finite rewards"),
+    "NaN observation, two players": (4, "--env-id toy_envs:NanObs-v0 --num-players 2", "non-finite observations"),
+    "divergence": (3, "--learning-rate 1e30", "the loss or its gradient"),
+    "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "the loss or its gradient"),
 }
 
 
