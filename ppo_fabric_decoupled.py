@@ -14,282 +14,349 @@ Add --accelerator=cpu to `fabric run` on a machine with some GPUs, but fewer tha
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
+import importlib
+import json
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins.collectives import TorchCollective
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+Tensors, Optimizer = dict[str, Tensor], torch.optim.Optimizer
 
 
 @dataclass
 class Args:
     # experiment
-    exp_name: str = "ppo"
-    """name of the experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of the parameters, the environments, the actions and the shuffling"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
-    capture_video: bool = False
-    """record episodes of rank 0's first environment, and of the evaluation, under the run's folder"""
-    eval_every: int = 0
-    """evaluate every so many iterations (0: only at the end)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, each played greedily in an environment of its own (0: no evaluation)"""
-
+    exp_name: str = "ppo"  # name of the experiment, part of the run's folder
+    seed: int = 1  # seed of the parameters, the environments, the actions and the shuffling
+    torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
+    capture_video: bool = False  # record rank 0's first environment, and the evaluation, under the run's folder
+    eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
+    eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
     # environment
-    env_id: str = "CartPole-v1"
-    """id of the Gymnasium environment"""
-    vec_env: Literal["sync", "async", "native"] = "sync"
-    """step in this process, in one process per environment, or by the environment's own vector implementation"""
-    num_envs: int = 4
-    """environments per rank that steps them"""
-
+    env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
+    env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
+    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # here, in processes, in its own way, by EnvPool
+    num_envs: int = 4  # environments per rank that steps them
+    normalize_obs: bool = False  # normalise vectors by their running mean and deviation over all ranks
+    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    clip_rewards: bool = False  # clip rewards to -1 .. 1 (returns are always reported as they are)
     # algorithm
-    total_timesteps: int = 100_000
-    """environment steps of the whole run, over all ranks: the iterations that fit in are run"""
-    num_steps: int = 128
-    """steps per environment and rollout"""
-    learning_rate: float = 1e-3
-    """learning rate of Adam"""
-    anneal_lr: bool = True
-    """anneal the learning rate linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimation"""
-    update_epochs: int = 10
-    """passes over the rollout per update"""
-    activation_function: Literal["relu", "tanh"] = "tanh"
-    """activation function of the actor and the critic"""
-    ortho_init: bool = True
-    """initialise the layers orthogonally"""
-    normalize_advantages: bool = True
-    """normalise the advantages over the rollouts of all ranks"""
-    clip_coef: float = 0.2
-    """clip the probability ratio to 1 - clip_coef .. 1 + clip_coef"""
-    clip_vloss: bool = False
-    """clip the step of the value function by clip_coef as well"""
-    ent_coef: float = 0.0
-    """coefficient of the entropy bonus"""
-    vf_coef: float = 0.5
-    """coefficient of the value loss"""
-    max_grad_norm: float = 0.5
-    """clip the gradient to this norm"""
-    target_kl: float | None = None
-    """end the update after an epoch whose mean approximate KL divergence is above this"""
-
+    total_timesteps: int = 100_000  # environment steps over all ranks: the iterations that fit in are run
+    num_steps: int = 128  # steps per environment and rollout
+    learning_rate: float = 1e-3  # learning rate of the optimizer
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # optimizer of the actor and the critic
+    anneal_lr: bool = True  # anneal the learning rate linearly to zero over the run
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimation
+    update_epochs: int = 10  # passes over the rollout per update
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic (images: Nature CNN)
+    activation_function: Literal["relu", "tanh"] = "tanh"  # activation function of the hidden layers
+    log_std_init: float = 0.0  # logarithm of the standard deviation that Box actions start with
+    ortho_init: bool = True  # initialise the layers orthogonally
+    normalize_advantages: bool = True  # normalise the advantages over the rollouts of all ranks
+    clip_coef: float = 0.2  # clip the probability ratio to 1 - clip_coef .. 1 + clip_coef
+    clip_vloss: bool = False  # clip the step of the value function by clip_coef as well
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
+    max_grad_norm: float = 0.5  # clip the gradient to this norm
+    target_kl: float | None = None  # end the update after an epoch whose mean approximate KL divergence is above this
     # distributed
-    per_rank_batch_size: int = 64
-    """rows per minibatch and training rank"""
-    share_data: bool = False
-    """shuffle the rollouts of all ranks together; each training rank takes its part of every minibatch"""
-    num_threads: int = 1
-    """torch's CPU threads per rank: networks of this size run slower on more"""
-    num_players: int = 1
-    """ranks that step environments: the first ones; all others train"""
-    overlap: bool = False
-    """collect the next rollout while the trainers work on the last one: the policy that acts is one update older"""
-    player_on_gpu: bool = False
-    """with cuda, let the players act on a GPU each too"""
-    cuda: bool = False
-    """train on one GPU per training rank (NCCL); the environments stay on the CPU"""
+    per_rank_batch_size: int = 64  # rows per minibatch and training rank
+    share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
+    num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
+    num_players: int = 1  # ranks that step environments: the first ones; all others train
+    overlap: bool = False  # collect the next rollout while the trainers work on the last, by a policy an update older
+    player_on_gpu: bool = False  # with cuda, let the players act on a GPU each too
+    cuda: bool = False  # train on one GPU per training rank (NCCL); the environments stay on the CPU
 
     def __post_init__(self) -> None:
-        rules = (
-            ("num_envs total_timesteps update_epochs per_rank_batch_size num_threads", 1, math.inf),
+        for names, low, high in (
+            ("num_envs total_timesteps update_epochs hidden_sizes per_rank_batch_size num_threads", 1, math.inf),
             ("num_steps", 2, math.inf),  # of two steps of an environment one at least is no reset
             ("seed", 0, 2**31),
             ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
-            ("learning_rate clip_coef max_grad_norm target_kl", sys.float_info.min, math.inf),
+            ("learning_rate clip_coef max_grad_norm target_kl", 1e-30, math.inf),
             ("gamma gae_lambda", 0, 1),
-        )
-        for names, low, high in rules:
+        ):
             for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (low <= value <= high and value < math.inf):
-                    least = "positive" if 0 < low < 1 else f"at least {low}"
-                    most = f" and at most {high}" if high < math.inf else ""
-                    raise SystemExit(f"error: --{name.replace('_', '-')} must be {least}{most}, not {value}")
+                for value in np.ravel(getattr(self, name)):
+                    if value is not None and not (low <= value <= high and value < math.inf):
+                        raise SystemExit(f"error: --{name.replace('_', '-')} must be in {low} .. {high}, not {value}")
 
 
-def make_envs(env_id: str, num_envs: int, vec_env: str, video_dir: str | None = None) -> gym.vector.VectorEnv:
-    """Make a vector of environments: the place to plug in your own.
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, np.ndarray]:
+    """Make a vector of environments, the place to plug in your own; reset environment i with `seed + i`.
 
     Its autoreset mode must be NEXT_STEP: the step after an episode's end ignores the action, returns reward 0 and the
-    first observation of the next episode. With `video_dir`, the first environment's episodes are recorded there.
+    first observation of the next episode. With `video_dir`, the first environment's episodes are recorded there. If a
+    lost life ends an episode, `info["lives"]` says how many are left, and the same game goes on in the next episode.
     """
-    kwargs = {"render_mode": "rgb_array"} if video_dir else {}
+    spaces, wrappers = gym.spaces, gym.wrappers.vector
+    finite = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    video = {"render_mode": "rgb_array"} if video_dir else {}
 
     def make_env(index: int) -> gym.Env:
         if video_dir and index == 0:
-            return gym.wrappers.RecordVideo(gym.make(env_id, **kwargs), video_dir)
-        return gym.make(env_id)
+            return gym.wrappers.RecordVideo(gym.make(args.env_id, **video, **kwargs), video_dir)
+        return gym.make(args.env_id, **kwargs)
 
     try:
-        if vec_env == "native":
-            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **kwargs)
-            if video_dir:
-                envs = gym.wrappers.vector.RecordVideo(envs, video_dir, record_first_only=True)
+        kwargs = dict(**json.loads(args.env_kwargs))
+        if args.env_id.startswith("ALE/"):
+            importlib.import_module("ale_py")  # which registers them
+            if args.vec_env == "native" and (kwargs.get("episodic_life") or args.capture_video):
+                raise ValueError("it cannot render for --capture-video; instead of episodic_life take life_loss_info")
+            kwargs |= {"reward_clipping": False} if args.vec_env == "native" else {}  # --clip-rewards clips
+        if args.vec_env == "envpool":
+            make = importlib.import_module("envpool").make_gymnasium
+            envs = make(args.env_id, num_envs=num_envs, seed=seed, **video, **kwargs)
+        elif args.vec_env == "native":
+            envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **video, **kwargs)
         else:
-            vectorize = gym.vector.AsyncVectorEnv if vec_env == "async" else gym.vector.SyncVectorEnv
+            vectorize = gym.vector.AsyncVectorEnv if args.vec_env == "async" else gym.vector.SyncVectorEnv
             envs = vectorize([partial(make_env, index) for index in range(num_envs)])
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise SystemExit(f"error: --env-id {env_id} --vec-env {vec_env}: {error}") from error
+        if video_dir and args.vec_env in ("native", "envpool"):
+            envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True)
+        if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
+            envs = wrappers.FlattenObservation(envs)
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        if not isinstance(obs_space, spaces.Box):
+            raise ValueError(f"gymnasium.wrappers.TransformObservation can make a Box of {obs_space}")
+        if not isinstance(action_space, finite) and action_space.dtype not in (np.float32, np.float64):
+            raise ValueError(f"gymnasium.wrappers.TransformAction can make a Box of floats of {action_space}")
+        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            raise ValueError("the autoreset mode must be NEXT_STEP")
+        if isinstance(action_space, spaces.Box) and action_space.is_bounded():
+            low, high = action_space.low, action_space.high  # rescaled to where the Gaussian starts
+            box = spaces.Box(-1, 1, action_space.shape, action_space.dtype)
+            if (low != box.low).any() or (high != box.high).any():
+                rescale = lambda actions: (low + (actions + 1) / 2 * (high - low)).clip(low, high)  # noqa: E731
+                envs = wrappers.TransformAction(envs, rescale, single_action_space=box)
+    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+        flags = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} --vec-env {args.vec_env}"
+        raise SystemExit(f"error: {flags}: {error}") from error
+    return envs, envs.reset(seed=None if args.vec_env == "envpool" else seed)[0]  # EnvPool has its seed
 
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        raise SystemExit(
-            f"error: --env-id {env_id} observes {obs_space}, which is no vector: "
-            "register it with gymnasium.wrappers.FlattenObservation around it"
-        )
-    if not isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box):
-        raise SystemExit(f"error: --env-id {env_id} acts in {action_space}: only Discrete and Box can be trained")
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"error: --env-id {env_id} --vec-env {vec_env} must have the autoreset mode NEXT_STEP")
-    return envs
+
+class Images(nn.Module):
+    """Images (B, ...) of 8 bits to floats from 0 to 1, (B, channels, height, width); stacked frames are channels."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        channels_last = obs.shape[-1] < min(obs.shape[-3:-1])
+        return (obs.movedim(-1, -3) if channels_last else obs).flatten(1, -3) / 255
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance, (size,), of the valid rows of all ranks; frozen but for `merge`."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        for name in ("count", "mean", "squares"):  # squares: the sum of the squared deviations from the mean
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """What the ranks add up of rows (R, size): 1, the deviations from the mean, their squares; (3, size)."""
+        deviations = rows.double() - self.mean
+        return torch.stack([torch.ones_like(deviations), deviations, deviations.square()]).sum(1)
+
+    def merge(self, sums: Tensor) -> None:
+        """Take in the rows of all ranks: the parallel variance of Chan et al. 1983, around the mean so far."""
+        count, deviations, squares = sums.to(self.mean.device)
+        self.count += count
+        self.mean += deviations / self.count
+        self.squares += squares - deviations.square() / self.count
+        self.squares.clamp_(min=0)  # a constant's rounding errors may come out below
+        self.center.copy_(self.mean)
+        self.scale.copy_((self.squares / self.count + 1e-8).rsqrt())
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.center) * self.scale).clamp(-10, 10)
 
 
 class Agent(nn.Module):
-    """Actor and critic, two networks of two hidden layers.
+    """Actor and critic: two networks of hidden layers, or for images two heads of one Nature CNN (Mnih et al. 2015).
 
-    The actor's output parametrises the action distribution: the logits of a categorical for Discrete, the mean of a
-    diagonal Gaussian with a state-independent standard deviation for Box.
+    The actor's output parametrises the distribution of A actions: the logits of a categorical each for Discrete,
+    MultiDiscrete and MultiBinary, the means of Gaussians with state-independent standard deviations for Box.
     """
 
-    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, activation: str, ortho_init: bool):
+    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        obs_dim = math.prod(obs_space.shape)
-        self.num_outputs = int(action_space.n) if self.discrete else math.prod(action_space.shape)
+        self.discrete = not isinstance(action_space, gym.spaces.Box)
+        image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (3, 4)
+        self.obs_shape = obs_space.shape if image else (math.prod(obs_space.shape),)
+        self.obs_dtype = torch.uint8 if image else torch.float32
+        activation = nn.Tanh if args.activation_function == "tanh" else nn.ReLU
 
-        def layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
-            linear = nn.Linear(inputs, outputs)
-            if ortho_init:
-                nn.init.orthogonal_(linear.weight, gain)
-                nn.init.zeros_(linear.bias)
-            return linear
+        def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+            if args.ortho_init:
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
+            return layer
 
-        def mlp(outputs: int, gain: float) -> nn.Sequential:
-            act = nn.Tanh if activation == "tanh" else nn.ReLU
-            hidden = [layer(obs_dim, 64, math.sqrt(2)), act(), layer(64, 64, math.sqrt(2)), act()]
-            return nn.Sequential(*hidden, layer(64, outputs, gain))
+        def head(outputs: int, gain: float) -> nn.Sequential:
+            hidden = [module for i, o in pairwise(sizes) for module in (init(nn.Linear(i, o)), activation())]
+            return nn.Sequential(*hidden, init(nn.Linear(sizes[-1], outputs), gain))
 
-        self.actor = mlp(self.num_outputs, 0.01)
-        self.critic = mlp(1, 1.0)
-        if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.num_outputs))
-
-    def sample_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draw all the randomness of a rollout at once, (*shape, num_outputs), for `act`: one call, not one a step."""
-        noise = torch.empty(*shape, self.num_outputs)
+        self.trunk, sizes = nn.Sequential(), (*self.obs_shape, *args.hidden_sizes)
+        if image:
+            pixels = Images()(torch.zeros(1, *self.obs_shape))
+            if min(pixels.shape[-2:]) < 36:
+                raise SystemExit(f"error: {obs_space} needs ResizeObservation to 36 x 36, or FlattenObservation")
+            cnn = [init(nn.Conv2d(pixels.shape[1], 32, 8, 4)), nn.ReLU(), init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
+            cnn += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
+            features = init(nn.Linear(nn.Sequential(*cnn)(pixels).shape[1], 512))
+            self.trunk, sizes = nn.Sequential(Images(), *cnn, features, nn.ReLU()), (512,)
         if self.discrete:
-            return -noise.exponential_(generator=generator).log()  # Gumbel
+            binary = np.full(action_space.shape or 1, 2 if action_space.shape else action_space.n)  # or Discrete
+            choices = torch.as_tensor(getattr(action_space, "nvec", binary)).flatten()
+            self.output_shape = (len(choices), int(choices.max()))
+            impossible = torch.arange(choices.max()) >= choices.unsqueeze(1)  # where categoricals differ in size
+            self.register_buffer("padding", -1e9 * impossible, persistent=False)
+        else:
+            self.output_shape = (math.prod(action_space.shape),)
+            self.log_std = nn.Parameter(torch.full(self.output_shape, args.log_std_init))
+        self.actor, self.critic = head(math.prod(self.output_shape), 0.01), head(1, 1.0)
+        self.acting_layers = (*self.trunk, *self.actor)  # a tuple does not register them a second time
+        self.normalizes_obs = args.normalize_obs and not image
+        seen = {"raw_obs": self.normalizes_obs * self.obs_shape[0], "discounted_returns": int(args.normalize_rewards)}
+        self.normalizers = nn.ModuleDict({name: Normalizer(size) for name, size in seen.items() if size})
+        # DDP would broadcast the buffers in every forward pass, although all ranks hold the same
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+
+    def sample_noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """All the randomness of a rollout, (*shape, *output_shape), for `act`: one call, not one a step."""
+        noise = torch.empty(*shape, *self.output_shape)
+        if self.discrete:
+            return self.padding.cpu() - noise.exponential_(generator=generator).log()  # Gumbel
         return noise.normal_(generator=generator)
 
-    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        """Actions for observations (N, obs_dim): (N,) integers or (N, act_dim) floats, sampled by `noise`.
+    def normalize(self, obs: Tensor) -> Tensor:
+        """What `act` and `forward` take, for observations (..., *obs_shape) as the environments give them."""
+        return self.normalizers["raw_obs"](obs) if self.normalizes_obs else obs
+
+    def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Actions (N, A), integers or floats, for observations (N, *obs_shape), sampled by `noise`; greedy without.
 
         The largest logit plus Gumbel noise is a sample of the categorical (Maddison et al. 2014, arXiv:1411.0030).
-        No noise gives the greedy action.
         """
         output = obs
-        for layer in self.actor:  # forward, not __call__, and none for the Sequential: 4% more steps per second
+        for layer in self.acting_layers:  # forward, not __call__, and no Sequential: 4% more steps per second
             output = layer.forward(output)
         if self.discrete:
-            return (output + noise).argmax(-1)
-        return output + self.log_std.exp() * noise
+            return (output.view(-1, *self.output_shape) + (self.padding if noise is None else noise)).argmax(-1)
+        return output if noise is None else output + self.log_std.exp() * noise
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the actions, entropies and values, each (B,), for observations (B, obs_dim)."""
-        output, values = self.actor(obs), self.critic(obs).squeeze(-1)
+        """Log-probabilities of actions (B, A), entropies and values, each (B,), for observations (B, *obs_shape)."""
+        features = self.trunk(obs)
+        output, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.discrete:
-            log_probs = output.log_softmax(-1)
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy, values
+            log_probs = (output.view(-1, *self.output_shape) + self.padding).log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum((-2, -1))
+            return log_probs.gather(-1, actions.unsqueeze(-1)).sum((-2, -1)), entropy, values
         z = (actions - output) * (-self.log_std).exp()
         log_norm = self.log_std + 0.5 * math.log(2 * math.pi)
         return (-0.5 * z.square() - log_norm).sum(-1), (log_norm + 0.5).sum().expand_as(values), values
 
 
-def to_env(actions: Tensor, action_space: gym.Space) -> np.ndarray:
-    """What a vector environment is stepped with: Box actions within their bounds, Discrete ones from `start` on."""
-    if isinstance(action_space, gym.spaces.Box):
-        return actions.numpy().reshape(action_space.shape).clip(action_space.low, action_space.high)
-    return actions.numpy() + action_space.start
+def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
+    """What N environments are stepped with for actions (N, A): Box within its bounds, others from `start` on."""
+    array = actions.numpy().reshape(-1, *space.shape)
+    if isinstance(space, gym.spaces.Box):
+        return array.clip(space.low, space.high).astype(space.dtype, copy=False)
+    return (array + getattr(space, "start", 0)).astype(space.dtype, copy=False)
 
 
-def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndarray) -> dict[str, Tensor]:
+def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndarray) -> Tensors:
     """The rollout's buffers on the host; their last row starts the next rollout, so it holds the first observation."""
     T, N = num_steps, num_envs
-    action_shape, action_type = ((), torch.int64) if agent.discrete else ((agent.num_outputs,), torch.float32)
     storage = {
-        "obs": torch.zeros(T + 1, N, first_obs.shape[-1]),
-        "actions": torch.zeros(T + 1, N, *action_shape, dtype=action_type),
+        "obs": torch.zeros(T + 1, N, *agent.obs_shape, dtype=agent.obs_dtype),
+        "actions": torch.zeros(T + 1, N, agent.output_shape[0], dtype=torch.int64 if agent.discrete else torch.float32),
         "rewards": torch.zeros(T, N),
         "terminated": torch.zeros(T, N, dtype=torch.bool),
         "dones": torch.zeros(T + 1, N, dtype=torch.bool),  # dones[t]: an episode ended just before row t
         "episode_return": torch.zeros(N, dtype=torch.float64),
         "episode_length": torch.zeros(N, dtype=torch.int64),
+        "discounted_return": torch.zeros(N),
     }
-    storage["obs"][-1] = torch.as_tensor(first_obs)
+    storage["obs"][-1] = torch.as_tensor(first_obs).reshape(N, *agent.obs_shape)
     return storage
 
 
 @torch.inference_mode()
 def collect_rollout(
-    agent: Agent,
-    model: nn.Module,
-    envs: gym.vector.VectorEnv,
-    storage: dict[str, Tensor],
-    generator: torch.Generator,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], list[tuple[float, int]]]:
+    agent: Agent, model: nn.Module, envs: VectorEnv, storage: Tensors, generator: Generator, args: Args
+) -> tuple[Tensors, list[tuple[float, int]]]:
     """Step the environments T times with the actor alone; then pass all rows through the model that is trained.
 
-    Returns the rollout on the device and the returns and lengths of the episodes that ended. `rewards`, `terminated`,
-    `dones` (the episode ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs` and `values` have a row more,
-    of which only the value counts. `valid` is False where the environment was reset instead of stepped (NEXT_STEP
-    autoreset): that row is no experience. The same mode makes `obs[t + 1]` the true last observation of an episode
-    that ended at t, so that `values[t + 1]` is what a truncated episode bootstraps from.
+    Returns the rollout on the model's device and the returns and lengths of the episodes that ended. `rewards`,
+    `terminated`, `dones` (an episode ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs`, `values` have a
+    row more, of which only the value counts. `valid` is False where an environment was reset instead of stepped: that
+    row is no experience. NEXT_STEP autoreset makes `obs[t + 1]` the true last observation of an episode that ended at
+    t, so that a truncated episode bootstraps from `values[t + 1]`. `obs` and `rewards` are normalised; the normalisers
+    see `raw_obs` and `discounted_returns`.
     """
-    obs, dones = storage["obs"], storage["dones"]
+    obs, dones, device = storage["obs"], storage["dones"], next(agent.parameters()).device
     obs[0], dones[0] = obs[-1], dones[-1]
     noise = agent.sample_noise(storage["rewards"].shape, generator).to(device)
     array = {name: tensor.numpy() for name, tensor in storage.items()}  # numpy writes a row several times faster
-    episode_return, episode_length = array["episode_return"], array["episode_length"]
-    episodes = []
+    episodes, episode_return, episode_length = [], array["episode_return"], array["episode_length"]
     for t, step_noise in enumerate(noise):
-        actions = agent.act(obs[t].to(device), step_noise).cpu()
-        next_obs, reward, terminated, truncated, _ = envs.step(to_env(actions, envs.action_space))
+        actions = agent.act(agent.normalize(obs[t].to(device)), step_noise).cpu()
+        next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
         done = terminated | truncated
-        array["obs"][t + 1], array["dones"][t + 1] = next_obs, done
+        array["obs"][t + 1], array["dones"][t + 1] = next_obs.reshape(obs.shape[1:]), done
         array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
         episode_return += reward
         episode_length += ~array["dones"][t]
         if np.count_nonzero(done):
-            episodes += zip(episode_return[done].tolist(), episode_length[done].tolist(), strict=True)
-            episode_return[done], episode_length[done] = 0.0, 0
-
+            over = done & (truncated | (info.get("lives", 0) == 0))  # Atari's episodic life ends no game
+            episodes += zip(episode_return[over].tolist(), episode_length[over].tolist(), strict=True)
+            episode_return[over], episode_length[over] = 0.0, 0
     rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated")}
     rollout["dones"], rollout["valid"] = dones[1:].to(device), ~dones[:-1].to(device)
+    rollout["raw_obs"], rollout["raw_rewards"] = rollout["obs"], rollout["rewards"]
+    rollout["obs"] = agent.normalize(rollout["obs"])
+    if args.clip_rewards:
+        rollout["rewards"] = rollout["rewards"].clamp(-1, 1)
+    if args.normalize_rewards:
+        decays, last = args.gamma * rollout["valid"].float(), storage["discounted_return"].to(device)
+        rollout["discounted_returns"] = discount(rollout["rewards"], decays, last).unsqueeze(-1)
+        storage["discounted_return"].copy_(rollout["discounted_returns"][-1, :, 0])
+        rollout["rewards"] = (rollout["rewards"] * agent.normalizers["discounted_returns"].scale).clamp(-10, 10)
     log_probs, _, values = model(rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1))
     rollout["log_probs"], rollout["values"] = log_probs.view(dones.shape), values.view(dones.shape)
     return rollout, episodes
+
+
+def discount(x: Tensor, decays: Tensor, last: Tensor) -> Tensor:
+    """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1]."""
+    sums = []
+    for x_t, decay in zip(x, decays, strict=True):
+        last = torch.addcmul(x_t, decay, last)
+        sums.append(last)
+    return torch.stack(sums)
 
 
 def compute_gae(
@@ -297,22 +364,16 @@ def compute_gae(
 ) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), (T, N).
 
-    `rewards`, `terminated` and `dones` (the episode ended at t, by termination or truncation) are (T, N); `values` is
-    (T + 1, N), and `values[t + 1]` that of the observation which step t led to. Termination cuts the bootstrap, an
-    episode's end cuts the trace.
+    `rewards`, `terminated` and `dones` (terminated or truncated at t) are (T, N); `values` is (T + 1, N), its row t + 1
+    that of the observation which step t led to. Termination cuts the bootstrap, an episode's end cuts the trace.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decays = gamma * gae_lambda * (~dones).to(values.dtype)
-    advantage = torch.zeros_like(values[0])
-    advantages = []
-    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
-        advantage = torch.addcmul(delta, decay, advantage)
-        advantages.append(advantage)
-    return torch.stack(advantages[::-1])
+    return discount(deltas.flip(0), decays.flip(0), torch.zeros_like(values[0])).flip(0)
 
 
 def ppo_loss(
-    new_log_probs: Tensor, entropy: Tensor, new_values: Tensor, minibatch: dict[str, Tensor], args: Args
+    new_log_probs: Tensor, entropy: Tensor, new_values: Tensor, minibatch: Tensors, args: Args
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7 and 9) over a minibatch of B rows.
 
@@ -337,9 +398,7 @@ def ppo_loss(
     return loss, means.detach()
 
 
-def shuffle(
-    batch: dict[str, Tensor], num_minibatches: int, generator: torch.Generator, part: int, num_parts: int
-) -> Iterator[dict[str, Tensor]]:
+def shuffle(batch: Tensors, num_minibatches: int, generator: Generator, part: int, num_parts: int) -> Iterator[Tensors]:
     """Shuffle a batch of R rows, cut it into minibatches of near-equal sizes, yield the given part of each.
 
     A minibatch's `weights` are 0 in a row that is no experience. The averages that they make of the parts have as
@@ -357,27 +416,19 @@ def shuffle(
 
 
 def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
-    args: Args,
-    generator: torch.Generator,
-    rank: int,
-    world_size: int,
-    trainers: TorchCollective,
+    model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, generator: Generator, group: TorchCollective
 ) -> Tensor:
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
     With `share_data` every rank holds the same R rows, shuffles them alike and trains on its part of each minibatch;
     without, the rows are the rank's own. Either way all ranks take the same number of steps.
     """
-    part, num_parts = (rank, world_size) if args.share_data else (0, 1)
+    part, num_parts = (group.rank, group.world_size) if args.share_data else (0, 1)
     num_minibatches = max(1, round(len(batch["valid"]) / (args.per_rank_batch_size * num_parts)))
     metrics = []
     for _ in range(args.update_epochs):
         for minibatch in shuffle(batch, num_minibatches, generator, part, num_parts):
-            outputs = model(minibatch["obs"], minibatch["actions"])
-            loss, means = ppo_loss(*outputs, minibatch, args)
+            loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -385,14 +436,16 @@ def update(
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
         if args.target_kl is not None:
             approx_kl = torch.stack(metrics[-num_minibatches:])[:, 3].mean()
-            if world_size > 1:
-                trainers.all_reduce(approx_kl)  # all ranks decide on the same number: none leaves the loop alone
-            if approx_kl / world_size > args.target_kl:
+            if group.world_size > 1:
+                group.all_reduce(
+                    approx_kl
+                )  # all trainers decide on the same number, so that none leaves the loop alone
+            if approx_kl / group.world_size > args.target_kl:
                 break
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: dict[str, Tensor], rollout: dict[str, Tensor], episodes: list[tuple[float, int]]) -> Tensor:
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
     """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
@@ -401,16 +454,16 @@ def batch_sums(batch: dict[str, Tensor], rollout: dict[str, Tensor], episodes: l
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
-    bad_counts = [(~rollout[name].isfinite()).sum() for name in ("obs", "rewards")]
+    bad_counts = [(~rollout[name].isfinite()).sum() for name in ("raw_obs", "raw_rewards")]
     return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
-def pack(batch: dict[str, Tensor]) -> Tensor:
+def pack(batch: Tensors) -> Tensor:
     """The bytes of a batch's R rows, (R, bytes per row): one message, whatever the types of its tensors."""
     return torch.cat([tensor.reshape(len(tensor), -1).view(torch.uint8) for tensor in batch.values()], dim=1)
 
 
-def unpack(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+def unpack(packed: Tensor, like: Tensors) -> Tensors:
     """The inverse of `pack` for any number of rows, with the names, types and row shapes of `like`."""
     columns = packed.split([tensor[0].numel() * tensor.element_size() for tensor in like.values()], dim=1)
     return {
@@ -420,38 +473,33 @@ def unpack(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def evaluate(agent: Agent, args: Args, seed: int, device: torch.device, video_dir: str | None = None) -> np.ndarray:
-    """Returns (eval_episodes,) of greedy episodes, each the first one of an environment of its own.
-
-    It ends when they have all ended: give an environment that can go on for ever a `max_episode_steps`.
-    """
-    envs = make_envs(args.env_id, args.eval_episodes, "sync", video_dir)
-    obs, _ = envs.reset(seed=seed)
+def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) -> np.ndarray:
+    """Returns (eval_episodes,) of greedy episodes, each the first of an environment of its own; all must end."""
+    args = replace(args, vec_env="sync") if args.vec_env == "async" else args
+    envs, obs = make_envs(args, args.eval_episodes, seed, video_dir)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     while running.any():
-        actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu()
-        obs, rewards, terminated, truncated, _ = envs.step(to_env(actions, envs.action_space))
+        obs = torch.as_tensor(obs).reshape(-1, *agent.obs_shape).to(next(agent.parameters()).device, agent.obs_dtype)
+        actions = agent.act(agent.normalize(obs)).cpu()
+        obs, rewards, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
         returns += rewards * running
-        running &= ~(terminated | truncated)
+        running &= ~(truncated | (terminated & (info.get("lives", 0) == 0)))
     envs.close()
     return returns
 
 
-def meet(group: TorchCollective, bad_counts: list[float]) -> list[float]:
+def meet(group: TorchCollective, bad: list[float]) -> list[float]:
     """Wait until a player and all trainers are there, which tells waiting from talking.
 
     The player brings its counts of non-finite observations and rewards, the trainers zeros; all get the player's.
     """
-    return group.all_reduce(torch.tensor(bad_counts, dtype=torch.float64)).tolist()
+    return group.all_reduce(torch.tensor(bad, dtype=torch.float64)).tolist()
 
 
-def stop_if_bad(bad_counts: list[float], iteration: int, args: Args) -> None:
+def stop_if_bad(bad: list[float], iteration: int) -> None:
     """End this rank, as all others do, if the environments gave something that is not finite."""
-    if any(bad_counts):
-        raise SystemExit(
-            f"error: iteration {iteration}: {args.env_id} gave {bad_counts[0]:.0f} non-finite observations and "
-            f"{bad_counts[1]:.0f} non-finite rewards"
-        )
+    if any(bad):
+        raise SystemExit(f"error: iteration {iteration}: not finite: {bad[0]:.0f} observations, {bad[1]:.0f} rewards")
 
 
 def stop_if_diverged(means: Tensor, iteration: int) -> None:
@@ -460,15 +508,14 @@ def stop_if_diverged(means: Tensor, iteration: int) -> None:
         raise SystemExit(f"error: iteration {iteration}: the loss or its gradient is not finite")
 
 
-def batch_like(envs: gym.vector.VectorEnv, agent: Agent) -> dict[str, Tensor]:
+def batch_like(agent: Agent) -> Tensors:
     """A batch of one row, which tells a trainer the names, types and row shapes of what the players send."""
-    storage = make_storage(1, 1, agent, np.zeros((1, *envs.single_observation_space.shape)))
-    obs, action, number = storage["obs"][0], storage["actions"][0], torch.zeros(1)
-    like = {"obs": obs, "actions": action, "log_probs": number, "values": number, "advantages": number}
-    return like | {"valid": torch.zeros(1, dtype=torch.bool), "returns": number}
+    storage, number = make_storage(1, 1, agent, np.zeros((1, *agent.obs_shape))), torch.zeros(1)
+    like = {"obs": storage["obs"][0], "actions": storage["actions"][0], "log_probs": number, "values": number}
+    return like | {"advantages": number, "valid": torch.zeros(1, dtype=torch.bool), "returns": number}
 
 
-def send_rollout(batch: dict[str, Tensor], args: Args, rank: int, num_trainers: int, group: TorchCollective) -> None:
+def send_rollout(batch: Tensors, args: Args, rank: int, num_trainers: int, group: TorchCollective) -> None:
     """Send a player's rows to the trainers: all rows to all with `share_data`, else equal parts.
 
     What parts lack in rows is made up by copies of the first ones, which are not `valid` and so count nowhere.
@@ -485,13 +532,23 @@ def send_rollout(batch: dict[str, Tensor], args: Args, rank: int, num_trainers: 
     group.scatter(torch.empty_like(parts[0]), [torch.empty_like(parts[0]), *parts], rank)
 
 
-def receive_rollout(
-    like: dict[str, Tensor], args: Args, player: int, num_trainers: int, group: TorchCollective
-) -> Tensor:
+def receive_rollout(like: Tensors, args: Args, player: int, num_trainers: int, group: TorchCollective) -> Tensor:
     """Receive what `send_rollout` sends to a trainer, as `pack`ed rows; `like` has the types of a row."""
     num_rows, width = args.num_envs * args.num_steps, pack(like).shape[1]
     rows = torch.empty(num_rows if args.share_data else -(-num_rows // num_trainers), width, dtype=torch.uint8)
     return group.broadcast(rows, player) if args.share_data else group.scatter(rows, [], player)
+
+
+@torch.no_grad()
+def recenter(agent: Agent, batch: Tensors) -> None:
+    """Clip around the policy that is updated, not around the older one that acted; weight the rows by their ratio.
+
+    The decoupled clipped objective of Hilton et al. 2021, arXiv:2110.00641. Clipping around the older policy lets an
+    update move only as far as the one before has left room: on LunarLander-v3 that cost more than half of the return.
+    """
+    log_probs, _, _ = agent(batch["obs"], batch["actions"])
+    batch["advantages"] = batch["advantages"] * (log_probs - batch["log_probs"]).exp()
+    batch["log_probs"] = log_probs
 
 
 def send_parameters(agent: Agent, means: Tensor, seconds: list[float], args: Args, group: TorchCollective) -> None:
@@ -502,34 +559,25 @@ def send_parameters(agent: Agent, means: Tensor, seconds: list[float], args: Arg
 
 
 def play(
-    args: Args,
-    agent: Agent,
-    envs: gym.vector.VectorEnv,
-    generator: torch.Generator,
-    device: torch.device,
-    num_iterations: int,
-    run_dir: str,
-    eval_seed: int,
-    player_group: TorchCollective,
-    rollout_group: TorchCollective,
-    parameter_group: TorchCollective,
-) -> None:
+    args: Args, agent: Agent, envs: VectorEnv, first_obs: np.ndarray, generator: Generator, num_iterations: int,
+    run_dir: str, players: TorchCollective, rollout_group: TorchCollective, parameter_group: TorchCollective,
+) -> None:  # fmt: skip
     """A player's run: collect a rollout, send it to the trainers, receive parameters; player 0 logs and evaluates.
 
     What the trainers have to say of an iteration comes with the parameters that it ended with, which is one iteration
     later with `overlap`. So there is one more turn then, without a rollout.
     """
-    rank, lag, first_trainer = player_group.rank, int(args.overlap), args.num_players
+    rank, lag, first_trainer = players.rank, int(args.overlap), args.num_players
     num_trainers = rollout_group.world_size - 1
-    storage = make_storage(args.num_steps, args.num_envs, agent, envs.reset(seed=args.seed + rank * args.num_envs)[0])
+    storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
     sizes = [parameter.numel() for parameter in agent.parameters()]
     message = torch.empty(sum(sizes) + 6 + 3)  # parameters, means of the update, times of the first trainer
 
     # logs
     if rank == 0:
         writer = SummaryWriter(run_dir)
-        table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+        rows = [("flag", "value"), ("-", "-"), *vars(args).items()]
+        writer.add_text("hyperparameters", "".join(f"|{flag}|{value}|\n" for flag, value in rows))
         rollout_size = args.num_players * args.num_envs * args.num_steps
         progress = tqdm(total=num_iterations * rollout_size, unit="step", disable=not sys.stderr.isatty())
     global_step, mean_return, test_return, pending = 0, math.nan, math.nan, []
@@ -539,24 +587,23 @@ def play(
         metrics, wait_seconds, communication_seconds = {}, 0.0, 0.0
         if turn <= num_iterations:
             # rollout
-            rollout, episodes = collect_rollout(agent, agent, envs, storage, generator, device)
-            rollout["advantages"] = compute_gae(
-                rollout["rewards"],
-                rollout["values"],
-                rollout["terminated"],
-                rollout["dones"],
-                args.gamma,
-                args.gae_lambda,
-            )
+            rollout, episodes = collect_rollout(agent, agent, envs, storage, generator, args)
+            names = ("rewards", "values", "terminated", "dones")
+            rollout["advantages"] = compute_gae(*(rollout[name] for name in names), args.gamma, args.gae_lambda)
             names = ("obs", "actions", "log_probs", "values", "advantages", "valid")
             batch = {name: rollout[name][: args.num_steps].flatten(0, 1) for name in names}
             batch["returns"] = batch["advantages"] + batch["values"]
 
             # statistics over all players
-            sums = batch_sums(batch, rollout, episodes).cpu()
-            if args.num_players > 1:
-                player_group.all_reduce(sums)
-            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad_counts = sums.tolist()
+            sums = [batch_sums(batch, rollout, episodes).cpu()]
+            rows = {name: rollout[name][: args.num_steps][rollout["valid"]] for name in agent.normalizers}
+            sums += [normalizer.sums(rows[name]).cpu() for name, normalizer in agent.normalizers.items()]
+            for tensor in sums if args.num_players > 1 else ():
+                players.all_reduce(tensor)
+            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad = sums[0].tolist()
+            if not any(bad):
+                for normalizer, tensor in zip(agent.normalizers.values(), sums[1:], strict=True):
+                    normalizer.merge(tensor)
             adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
             if args.normalize_advantages:
                 batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
@@ -571,7 +618,7 @@ def play(
 
             # the trainers get the rollout
             time_before = time.perf_counter()
-            stop_if_bad(meet(rollout_group, bad_counts), turn, args)
+            stop_if_bad(meet(rollout_group, bad), turn)
             time_ready = time.perf_counter()
             send_rollout(batch, args, rank, num_trainers, rollout_group)
             wait_seconds += time_ready - time_before
@@ -591,7 +638,7 @@ def play(
         metrics["Time/communication"] = communication_seconds + end_time - time_ready
         if turn <= num_iterations:
             metrics["Time/step_per_second"] = count / (end_time - start_time)
-            pending.append((int(count), metrics))
+            pending = [*pending[-1:], (int(count), metrics)]
 
         # logs: of the iteration that the received means belong to
         if turn <= lag or rank > 0:
@@ -599,21 +646,12 @@ def play(
         iteration = turn - lag
         count, metrics = pending.pop(0)
         global_step += count
-        policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, grad_norm, *seconds = message[-9:].tolist()
+        names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
+        metrics |= dict(zip((f"Loss/{name}" for name in names), message[-9:-3].tolist(), strict=True))
+        times = ("Time/trainer_wait", "Time/trainer_communication", "Time/update")
+        metrics |= dict(zip(times, message[-3:].tolist(), strict=True))
         decay = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
-        metrics |= {
-            "Loss/policy_loss": policy_loss,
-            "Loss/value_loss": value_loss,
-            "Loss/entropy_loss": entropy_loss,
-            "Loss/approx_kl": approx_kl,
-            "Loss/clip_fraction": clip_fraction,
-            "Loss/grad_norm": grad_norm,
-            "Info/entropy": -entropy_loss,
-            "Info/learning_rate": args.learning_rate * decay,
-            "Time/trainer_wait": seconds[0],
-            "Time/trainer_communication": seconds[1],
-            "Time/update": seconds[2],
-        }
+        metrics |= {"Info/entropy": -metrics["Loss/entropy_loss"], "Info/learning_rate": args.learning_rate * decay}
         mean_return = metrics.get("Rewards/rew_avg", mean_return)
         status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
         progress.set_postfix_str(status, refresh=False)
@@ -623,7 +661,7 @@ def play(
         evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
         if args.eval_episodes and evaluation_due:
             video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
-            returns = evaluate(agent, args, eval_seed, device, video_dir)
+            returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir)
             metrics["Test/cumulative_reward"] = test_return = returns.mean()
             progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
         for tag, value in metrics.items():
@@ -633,31 +671,26 @@ def play(
     if rank == 0:
         progress.total = global_step  # reset rows were no steps
         progress.close()
-        hparams = {name: str(value) if value is None else value for name, value in vars(args).items()}
+        hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
         writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")
         writer.close()
         print(f"logs and videos: {run_dir}")
 
 
 def train(
-    args: Args,
-    agent: Agent,
-    like: dict[str, Tensor],
-    generator: torch.Generator,
-    device: torch.device,
-    num_iterations: int,
-    trainer_group: TorchCollective,
-    rollout_groups: list[TorchCollective],
-    parameter_group: TorchCollective,
-) -> None:
+    args: Args, agent: Agent, generator: Generator, num_iterations: int, trainers: TorchCollective,
+    rollout_groups: list[TorchCollective], parameter_group: TorchCollective,
+) -> None:  # fmt: skip
     """A trainer's run: receive a rollout of each player and update; the first trainer sends the parameters back.
 
-    With `overlap` it sends them when it has got the next rollout, so that the players never wait for an update that
-    runs; without, the players wait for the update on the rollout that they have just sent.
+    With `overlap` it sends them when it has got the next rollout, so that the players wait for an update only where it
+    takes longer than a rollout; without, they wait for the update on the rollout that they have just sent.
     """
-    rank, num_trainers = trainer_group.rank, trainer_group.world_size
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    model = DistributedDataParallel(agent, process_group=trainer_group.group) if num_trainers > 1 else agent
+    rank, num_trainers = trainers.rank, trainers.world_size
+    like, device = batch_like(agent), next(agent.parameters()).device
+    make_optimizer = partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else torch.optim.RMSprop
+    optimizer = make_optimizer(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    model = DistributedDataParallel(agent, process_group=trainers.group) if num_trainers > 1 else agent
     means, seconds = torch.zeros(6), [0.0, 0.0, 0.0]
 
     for iteration in range(1, num_iterations + 1):
@@ -665,23 +698,25 @@ def train(
         parts, wait_seconds, start_time = [], 0.0, time.perf_counter()
         for player, group in enumerate(rollout_groups):
             time_before = time.perf_counter()
-            bad_counts = meet(group, [0.0, 0.0])
+            bad = meet(group, [0.0, 0.0])
             wait_seconds += time.perf_counter() - time_before
-            if not any(bad_counts):
+            if not any(bad):
                 parts.append(receive_rollout(like, args, player, num_trainers, group))
-        stop_if_bad(bad_counts, iteration, args)
+        stop_if_bad(bad, iteration)
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
         if args.overlap and rank == 0:
             send_parameters(agent, means, seconds, args, parameter_group)
         stop_if_diverged(means, iteration - 1)
         received_time = time.perf_counter()
+        if args.overlap:
+            recenter(agent, batch)
 
         # update
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
-        means = update(model, optimizer, batch, args, generator, rank, num_trainers, trainer_group)
+        means = update(model, optimizer, batch, args, generator, trainers)
         if num_trainers > 1:
-            trainer_group.all_reduce(means)
+            trainers.all_reduce(means)
         means = (means / num_trainers).cpu()
         seconds = [wait_seconds, received_time - start_time - wait_seconds, time.perf_counter() - received_time]
         if not args.overlap:
@@ -733,8 +768,6 @@ def main(args: Args) -> None:
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
     # seeds: the same parameters everywhere, streams of their own for each rank's environments, actions and shuffling
-    random.seed(args.seed + rank)
-    np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)
     stream_seeds = np.random.SeedSequence(args.seed).generate_state(2 * world_size).tolist()
     action_seed, shuffle_seed = stream_seeds[2 * rank], stream_seeds[2 * max(rank - args.num_players, 0) + 1]
@@ -745,29 +778,25 @@ def main(args: Args) -> None:
     name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = f"logs/fabric_decoupled_logs/{name}"
     video_dir = f"{run_dir}/videos/train" if args.capture_video and rank == 0 else None
-    envs = make_envs(args.env_id, args.num_envs if is_player else 1, args.vec_env, video_dir)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init)
-    agent.to(device)
+    num_envs, env_seed = (args.num_envs, args.seed + rank * args.num_envs) if is_player else (1, args.seed)
+    envs, first_obs = make_envs(args, num_envs, env_seed, video_dir)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
 
     # groups: rollouts and parameters pass through the hosts, where the rollouts are; gradients stay on their devices
     TorchCollective().setup(backend="gloo")
-    players, trainers = range(args.num_players), range(args.num_players, world_size)
-    player_group = TorchCollective().create_group(ranks=list(players))
-    trainer_group = TorchCollective().create_group(ranks=list(trainers), backend="nccl" if args.cuda else "gloo")
-    rollout_groups = [TorchCollective().create_group(ranks=[player, *trainers]) for player in players]
-    parameter_group = TorchCollective().create_group(ranks=[*players, trainers[0]])
+    player_ranks, trainer_ranks = range(args.num_players), range(args.num_players, world_size)
+    players = TorchCollective().create_group(ranks=list(player_ranks))
+    trainers = TorchCollective().create_group(ranks=list(trainer_ranks), backend="nccl" if args.cuda else "gloo")
+    rollout_groups = [TorchCollective().create_group(ranks=[player, *trainer_ranks]) for player in player_ranks]
+    parameter_group = TorchCollective().create_group(ranks=[*player_ranks, trainer_ranks[0]])
 
     if is_player:
-        generator = torch.Generator().manual_seed(action_seed)
-        groups = (player_group, rollout_groups[rank], parameter_group)
-        eval_seed = args.seed + args.num_players * args.num_envs
-        play(args, agent, envs, generator, device, num_iterations, run_dir, eval_seed, *groups)
+        generator, groups = Generator().manual_seed(action_seed), (players, rollout_groups[rank], parameter_group)
+        play(args, agent, envs, first_obs, generator, num_iterations, run_dir, *groups)
     else:
-        like = batch_like(envs, agent)
         envs.close()
-        generator = torch.Generator().manual_seed(shuffle_seed)
-        groups = (trainer_group, rollout_groups, parameter_group)
-        train(args, agent, like, generator, device, num_iterations, *groups)
+        generator = Generator().manual_seed(shuffle_seed)
+        train(args, agent, generator, num_iterations, trainers, rollout_groups, parameter_group)
     time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)
 
 

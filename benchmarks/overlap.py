@@ -93,6 +93,7 @@ def plot(rows: list[dict]) -> None:
         axis.set(
             title=f"{env_id}, {len(curves)} seeds", xlabel="environment steps", ylabel="return of training episodes"
         )
+        axis.locator_params(axis="x", nbins=5)
         axis.legend()
     figure.tight_layout()
     figure.savefig(RESULTS / "overlap.png", dpi=90)

@@ -1,7 +1,9 @@
 """Run a shipped file's `main` and save what its `update` saw and made: `probe.py FILE FOLDER [FLAGS]`.
 
 FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as one vector, before the first and after
-each update), `batches` (what each update was given), `steps` (the optimiser's count of steps after the last).
+each update), `batches` (what each update was given), `received` (with overlap, the same before `recenter`), `steps`
+(the optimiser's count of steps after the last), `state` (the agent's state_dict at the end), `normalised` (by their
+size, the rows that the normalisers took in).
 """
 
 import importlib.util
@@ -21,9 +23,9 @@ def load(path: str):
 
 
 def probe(module) -> dict:
-    """Wrap the module's `update` so that it notes its arguments and results in the dictionary returned."""
-    notes = {"before": None, "after": [], "batches": [], "steps": 0}
-    update = module.update
+    """Wrap the module's `update` and `recenter` to note what they get and make in the dictionary returned."""
+    notes = {"before": None, "after": [], "batches": [], "received": [], "normalised": {}, "steps": 0}
+    update, recenter = module.update, getattr(module, "recenter", None)
 
     def vector(model):
         return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -38,7 +40,22 @@ def probe(module) -> dict:
         notes["model"] = model
         return result
 
-    module.update = noting_update
+    def noting_recenter(agent, batch):
+        notes["received"].append({name: tensor.clone() for name, tensor in batch.items()})
+        recenter(agent, batch)
+
+    class NotingAgent(module.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            notes["agent"] = self
+
+    class NotingNormalizer(module.Normalizer):
+        def sums(self, rows):
+            notes["normalised"].setdefault(rows.shape[1], []).append(rows.clone())
+            return super().sums(rows)
+
+    module.update, module.recenter = noting_update, noting_recenter
+    module.Agent, module.Normalizer = NotingAgent, NotingNormalizer
     return notes
 
 
@@ -48,4 +65,5 @@ if __name__ == "__main__":
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))
     notes.pop("model", None)
+    notes["state"] = notes.pop("agent").state_dict()
     torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))

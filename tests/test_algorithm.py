@@ -1,20 +1,24 @@
 """The shipped functions against references that share no code with them."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
+import ppo_fabric_decoupled as decoupled
 import ppo_torch_ddp as ppo
 from probe import probe
+from toy_envs import PUZZLES, StrangeSpaces, puzzle_flags
 
 VECTOR = gym.spaces.Box(-1, 1, (3,), np.float32)
 
 
 def make_agent(action_space: gym.Space) -> ppo.Agent:
     torch.manual_seed(0)
-    return ppo.Agent(VECTOR, action_space, "tanh", True)
+    return ppo.Agent(VECTOR, action_space, ppo.Args())
 
 
 def brute_force_gae(rewards, values, terminated, dones, gamma, lam):
@@ -94,15 +98,58 @@ def test_loss_gradient_ignores_rows_that_are_no_experience():
         assert output.grad[1] == 0 and (output.grad[valid] != 0).any()
 
 
-def test_categorical_log_probs_and_entropy():
-    agent = make_agent(gym.spaces.Discrete(5))
+def test_a_policy_that_lags_behind_is_corrected():
+    """Hilton et al. 2021: the clip is around the updated policy, the importance weight of the one that acted."""
+    args, agent, rng = ppo.Args(), make_agent(gym.spaces.Discrete(4)), np.random.default_rng(0)
+    batch = {name: torch.from_numpy(rng.normal(size=64)) for name in ("log_probs", "advantages", "returns", "values")}
+    batch |= {"obs": torch.randn(64, 3), "actions": torch.randint(4, (64, 1)), "weights": torch.full((64,), 1 / 64)}
+    batch = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    acted, advantages = batch["log_probs"].clone(), batch["advantages"].clone()
+    with torch.no_grad():
+        updated = agent(batch["obs"], batch["actions"])[0]
+    decoupled.recenter(agent, batch)
+    new = updated + torch.from_numpy(rng.normal(size=64)).float() * 0.4
+    ratio = (new - updated).exp()
+    expected = -((updated - acted).exp() * torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).mean()
+    _, means = ppo.ppo_loss(new, torch.zeros(64), batch["values"], batch, args)
+    torch.testing.assert_close(means[0], expected)
+    same = {name: tensor.clone() for name, tensor in batch.items()}
+    decoupled.recenter(agent, same)  # without a lag nothing changes
+    assert all(torch.equal(same[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize(
+    "space, choices",
+    [
+        (gym.spaces.Discrete(5, start=3), [5]),
+        (gym.spaces.MultiDiscrete([3, 5, 2]), [3, 5, 2]),
+        (gym.spaces.MultiDiscrete([[3, 2], [4, 3]]), [3, 2, 4, 3]),
+        (gym.spaces.MultiBinary(4), [2] * 4),
+        (gym.spaces.MultiBinary((2, 3)), [2] * 6),
+    ],
+    ids=str,
+)
+def test_categorical_log_probs_entropy_and_samples(space, choices):
+    agent = make_agent(space)
     torch.nn.init.normal_(agent.actor[-1].weight)  # orthogonal initialisation leaves the logits nearly equal
-    obs, actions = torch.randn(50, 3), torch.randint(5, (50,))
+    obs, actions = torch.randn(50, 3), torch.stack([torch.randint(n, (50,)) for n in choices], -1)
     log_probs, entropy, values = agent(obs, actions)
-    reference = Categorical(logits=agent.actor(obs))
-    torch.testing.assert_close(log_probs, reference.log_prob(actions))
-    torch.testing.assert_close(entropy, reference.entropy())
+    logits = agent.actor(obs).view(50, len(choices), max(choices))
+    references = [Categorical(logits=logits[:, i, :n]) for i, n in enumerate(choices)]
+    expected = sum(reference.log_prob(actions[:, i]) for i, reference in enumerate(references))
+    torch.testing.assert_close(log_probs, expected)
+    torch.testing.assert_close(entropy, sum(reference.entropy() for reference in references))
     torch.testing.assert_close(values, agent.critic(obs)[:, 0])
+    with torch.no_grad():
+        sampled = agent.act(
+            obs[:1].expand(100_000, 3), agent.sample_noise((100_000,), torch.Generator().manual_seed(0))
+        )
+        greedy = agent.act(obs)
+    for i, (reference, n) in enumerate(zip(references, choices, strict=True)):
+        shares = torch.bincount(sampled[:, i], minlength=n) / len(sampled)
+        torch.testing.assert_close(shares, reference.probs[0].detach(), atol=0.01, rtol=0)
+        assert torch.equal(greedy[:, i], reference.probs.argmax(-1))
+    assert all(action in space for action in ppo.to_env(sampled[:1000], space))
 
 
 def test_gaussian_log_probs_and_entropy():
@@ -115,29 +162,45 @@ def test_gaussian_log_probs_and_entropy():
     torch.testing.assert_close(entropy, reference.entropy().sum(-1))
 
 
-@pytest.mark.parametrize("space", [gym.spaces.Discrete(4), gym.spaces.Box(-1, 1, (4,))])
-def test_sampled_actions_follow_the_distribution(space):
-    agent, obs = make_agent(space), torch.tensor([[0.3, -0.2, 0.5]])
+def test_sampled_box_actions_follow_the_gaussian():
+    agent, obs = make_agent(gym.spaces.Box(-1, 1, (4,))), torch.tensor([[0.3, -0.2, 0.5]])
     torch.nn.init.normal_(agent.actor[-1].weight, generator=torch.Generator().manual_seed(0))
     noise = agent.sample_noise((100_000,), torch.Generator().manual_seed(0))
     with torch.no_grad():
         actions, output = agent.act(obs, noise), agent.actor(obs)
-        if agent.discrete:
-            shares = torch.bincount(actions, minlength=4) / len(actions)
-            torch.testing.assert_close(shares, output.softmax(-1)[0], atol=0.01, rtol=0)
-            assert agent.act(obs).item() == output.argmax()
-        else:
-            torch.testing.assert_close(actions.mean(0), output[0], atol=0.02, rtol=0)
-            torch.testing.assert_close(actions.std(0), agent.log_std.exp(), atol=0.02, rtol=0)
-            torch.testing.assert_close(agent.act(obs), output)
+        torch.testing.assert_close(actions.mean(0), output[0], atol=0.02, rtol=0)
+        torch.testing.assert_close(actions.std(0), agent.log_std.exp(), atol=0.02, rtol=0)
+        torch.testing.assert_close(agent.act(obs), output)
 
 
 def test_actions_reach_the_environment_within_its_space():
-    box = gym.vector.utils.batch_space(gym.spaces.Box(np.array([-1.0, -2.0]), np.array([1.0, 0.5])), 2)
+    box = gym.spaces.Box(np.array([-1.0, -2.0]), np.array([1.0, 0.5]), dtype=np.float64)
     stepped = ppo.to_env(torch.tensor([[-3.0, -3.0], [0.5, 3.0]]), box)
     np.testing.assert_array_equal(stepped, [[-1, -2], [0.5, 0.5]])
-    shifted = gym.vector.utils.batch_space(gym.spaces.Discrete(3, start=-1), 2)
-    assert ppo.to_env(torch.tensor([0, 2]), shifted).tolist() == [-1, 1]
+    assert stepped.dtype == np.float64
+    assert ppo.to_env(torch.tensor([[0], [2]]), gym.spaces.Discrete(3, start=-1)).tolist() == [-1, 1]
+    grid = gym.spaces.Box(-1, 1, (2, 3))
+    assert ppo.to_env(torch.arange(12.0).view(2, 6), grid).shape == (2, 2, 3)
+
+
+def test_rescaled_actions_stay_within_any_bounds():
+    """Rounding must not lead out of the bounds, nor bounds that leave no choice to NaN."""
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=500).astype(np.float32)
+    high = np.where(rng.random(500) < 0.1, low, low + rng.random(500)).astype(np.float32)
+    space = gym.spaces.Box(low, high)
+    gym.register("Bounds-v0", partial(StrangeSpaces, action_space=space))
+    envs, _ = ppo.make_envs(ppo.Args(env_id="Bounds-v0"), 1, 0)
+    for extreme, expected in ((-3.0, low), (3.0, high), (0.0, (low + high) / 2)):
+        stepped = envs.func(ppo.to_env(torch.full((1, 500), extreme), envs.single_action_space))[0]
+        assert stepped in space
+        np.testing.assert_allclose(stepped, expected, atol=1e-6)
+
+
+def test_bounded_actions_are_rescaled_and_infinite_ones_are_not():
+    for env_id, low, high in (("Pendulum-v1", -1, 1), ("toy_envs:Unbounded-v0", -np.inf, np.inf)):
+        envs, _ = ppo.make_envs(ppo.Args(env_id=env_id), 2, 0)
+        assert (envs.single_action_space.low == low).all() and (envs.single_action_space.high == high).all()
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
@@ -172,15 +235,15 @@ def test_a_packed_batch_unpacks_to_itself():
         assert tensor.dtype == batch[name].dtype and torch.equal(tensor, torch.cat([batch[name], batch[name]]))
 
 
-def collect(env_id: str, num_steps: int, rollouts: int = 1, num_envs: int = 2, vec_env: str = "sync"):
-    envs = ppo.make_envs(env_id, num_envs, vec_env)
-    obs, _ = envs.reset(seed=1)
+def collect(env_id: str, num_steps: int, rollouts: int = 1, num_envs: int = 2, **flags):
+    args = ppo.Args(env_id=env_id, **flags)
+    envs, obs = ppo.make_envs(args, num_envs, seed=1)
     torch.manual_seed(0)
-    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, "tanh", True)
+    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     storage, generator = ppo.make_storage(num_steps, num_envs, agent, obs), torch.Generator().manual_seed(0)
     results = []
     for _ in range(rollouts):
-        rollout, episodes = ppo.collect_rollout(agent, agent, envs, storage, generator, torch.device("cpu"))
+        rollout, episodes = ppo.collect_rollout(agent, agent, envs, storage, generator, args)
         results.append(({name: tensor.clone() for name, tensor in rollout.items()}, episodes))
     envs.close()
     return agent, results
@@ -220,7 +283,7 @@ def test_batch_sums_leave_out_reset_rows():
     rng = np.random.default_rng(0)
     batch = {name: torch.from_numpy(rng.normal(size=30)) for name in ("advantages", "returns", "obs")}
     batch["valid"] = torch.from_numpy(rng.random(30) < 0.6)
-    rollout = {"obs": torch.tensor([np.inf, np.nan, 0.0]), "rewards": torch.tensor([1.0, np.nan])}
+    rollout = {"raw_obs": torch.tensor([np.inf, np.nan, 0.0]), "raw_rewards": torch.tensor([1.0, np.nan])}
     sums = ppo.batch_sums(batch, rollout, [(3.0, 5), (4.0, 7)]).tolist()
     adv, ret = (batch[name].numpy()[batch["valid"].numpy()] for name in ("advantages", "returns"))
     expected = [len(adv), adv.sum(), (adv**2).sum(), ret.sum(), (ret**2).sum(), 2, 7, 12, 2, 1]
@@ -231,7 +294,8 @@ def test_batch_sums_leave_out_reset_rows():
 def run_main(tmp_path, monkeypatch):
     """Run `main` in this process, in an empty folder; returns what probe.py notes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ppo, "update", ppo.update)  # the probe's wrapping ends with the test
+    for name in ("update", "Agent", "Normalizer"):
+        monkeypatch.setattr(ppo, name, getattr(ppo, name))  # the probe's wrapping ends with the test
 
     def run(**flags):
         notes = probe(ppo)
@@ -259,7 +323,7 @@ def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
     assert valid.any() and not valid.all()
     advantages = batch["advantages"][valid]
     assert advantages.mean().abs() < 1e-4 and (advantages.std(correction=0) - 1).abs() < 1e-3
-    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), "tanh", True)
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), ppo.Args())
     torch.nn.utils.vector_to_parameters(notes["before"], agent.parameters())
     with torch.no_grad():
         ratio = (agent(batch["obs"], batch["actions"])[0] - batch["log_probs"]).exp()
@@ -275,7 +339,7 @@ def test_target_kl_ends_the_update(run_main):
 def test_evaluation_is_greedy_and_of_whole_episodes():
     args = ppo.Args(env_id="CartPole-v1", eval_episodes=5)
     agent, _ = collect("CartPole-v1", num_steps=8)
-    returns = ppo.evaluate(agent, args, 7, torch.device("cpu"))
+    returns = ppo.evaluate(agent, args, 7)
     for i in range(5):
         env, total, over = gym.make("CartPole-v1"), 0.0, False
         obs, _ = env.reset(seed=7 + i)
@@ -284,3 +348,117 @@ def test_evaluation_is_greedy_and_of_whole_episodes():
             obs, reward, terminated, truncated, _ = env.step(action)
             total, over = total + reward, terminated or truncated
         assert returns[i] == total
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+def test_every_kind_of_space_is_learned(run_main, name):
+    """The right action depends on the observation: who sees or does only a part of it cannot come this near to 10."""
+    notes = run_main(num_envs=8, eval_episodes=0, **puzzle_flags(name))
+    args = ppo.Args(env_id=f"toy_envs:{name}-v0", eval_episodes=20)
+    agent = notes["model"]
+    assert ppo.evaluate(agent, args, seed=100).mean() >= (9.2 if "Box" in name else 9.8)
+    torch.nn.init.zeros_(agent.actor[-1].weight)  # a head that does not see what is shown
+    assert ppo.evaluate(agent, args, seed=100).mean() < 8
+
+
+def test_merged_statistics_are_those_of_all_rows():
+    """Three batches of two ranks, means far from zero: numpy's mean and variance of everything seen."""
+    rng, normalizer, seen = np.random.default_rng(0), ppo.Normalizer(4), []
+    for count in (50, 1, 400):
+        ranks = [torch.from_numpy(rng.normal(1e3, [1, 0.1, 10, 3], (n, 4))) for n in (count, 2 * count)]
+        normalizer.merge(sum(normalizer.sums(rows) for rows in ranks))
+        seen += ranks
+        everything = torch.cat(seen).numpy()
+        np.testing.assert_allclose(normalizer.mean, everything.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(normalizer.squares / normalizer.count, everything.var(0), rtol=1e-6)
+        expected = ((everything[-1] - everything.mean(0)) / everything.std(0)).clip(-10, 10)
+        np.testing.assert_allclose(normalizer(seen[-1][-1]), expected, atol=1e-2)  # means rounded to 32 bits
+    assert normalizer(torch.full((4,), 1e9)).tolist() == [10] * 4
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e5, 1e6])
+def test_constants_are_normalised_to_zero(size):
+    constants, normalizer = (torch.rand(200) + 0.5) * size, ppo.Normalizer(200)
+    for count in (507, 2031, 8111):
+        normalizer.merge(normalizer.sums(constants.expand(count, 200)))
+        assert normalizer(constants).abs().max() <= 10 and (normalizer.squares >= 0).all()
+
+
+def test_reset_rows_stay_out_of_the_statistics(run_main):
+    """The reset row of this environment holds the last observation, 1.0; the rows that were stepped 0.0 to 0.9."""
+    notes = run_main(env_id="toy_envs:Terminated-v0", normalize_obs=True, total_timesteps=1024, eval_episodes=0)
+    rows = torch.cat(notes["normalised"][1])
+    assert sorted(rows.unique().tolist()) == pytest.approx([step / 10 for step in range(10)])
+    torch.testing.assert_close(notes["agent"].normalizers["raw_obs"].mean[0], rows.double().mean())
+
+
+def test_discounted_returns_end_with_the_episode_and_cross_rollouts():
+    _, results = collect("toy_envs:Truncated-v0", num_steps=15, rollouts=3, normalize_rewards=True, gamma=0.9)
+    got = torch.cat([rollout["discounted_returns"] for rollout, _ in results])[:, 0, 0]
+    expected, total = [], 0.0
+    for row in range(45):
+        is_reset = row % 11 == 10  # which follows the last of ten steps
+        total = 0.0 if is_reset else 0.9 * total + 1.0
+        expected.append(total)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
+    for flags in ({"clip_rewards": True}, {"normalize_rewards": True}):
+        agent, [(rollout, episodes)] = collect("toy_envs:Lives-v0", num_steps=40, **flags)
+        if agent.normalizers:
+            assert rollout["rewards"].max() == 5  # nothing is known before the first merge
+        else:
+            assert rollout["rewards"].max() == 1
+        # three lives of four steps that pay 5 each, a reset row after each life
+        assert rollout["dones"][:, 0].nonzero().flatten().tolist() == [3, 8, 13, 18, 23, 28, 33, 38]
+        assert episodes == [(60.0, 12)] * 4
+    returns = ppo.evaluate(agent, ppo.Args(env_id="toy_envs:Lives-v0", eval_episodes=2), 0)
+    assert returns.tolist() == [60, 60]
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 50), (40, 50, 3), (4, 40, 50, 3), (4, 3, 40, 50), (4, 40, 40)], ids=str)
+def test_images_reach_the_network_as_channels_first_floats(shape):
+    images = torch.randint(256, (2, *shape), dtype=torch.uint8)
+    planes = ppo.Images()(images)
+    frames = shape[0] if len(shape) == 4 else 1
+    channels = 4 if shape == (4, 40, 40) else 3 * frames
+    assert planes.shape == (2, channels, 40, shape[-1] if shape[-1] > 4 else shape[-2])
+    last = (
+        images.numpy().reshape(2, frames, 40, 50, 3).transpose(0, 1, 4, 2, 3) if shape[-1] == 3 else images
+    ).reshape(planes.shape)
+    np.testing.assert_allclose(planes, np.asarray(last) / 255, rtol=1e-6)
+    agent = ppo.Agent(gym.spaces.Box(0, 255, shape, np.uint8), gym.spaces.Discrete(3), ppo.Args())
+    _, _, values = agent(images, torch.zeros(2, 1, dtype=torch.int64))
+    assert values.shape == (2,) and agent.act(images).shape == (2, 1)
+    for layer in agent.trunk:
+        if isinstance(layer, torch.nn.Conv2d):  # orthogonal rows of norm sqrt(2), as far as there are dimensions
+            rows = layer.weight.flatten(1)
+            torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+
+
+def test_hidden_sizes_activation_and_log_std():
+    args = ppo.Args(hidden_sizes=(32, 16, 8), activation_function="relu", log_std_init=-2.0)
+    agent = ppo.Agent(VECTOR, gym.spaces.Box(-1, 1, (2,)), args)
+    assert [layer.out_features for layer in agent.actor if hasattr(layer, "out_features")] == [32, 16, 8, 2]
+    assert any(isinstance(layer, torch.nn.ReLU) for layer in agent.critic)
+    assert agent.log_std.tolist() == [-2, -2]
+
+
+def test_one_epoch_of_one_minibatch_is_a2c(run_main):
+    """One RMSprop step on the policy gradient of the advantages, the value error and the entropy, by hand."""
+    flags = {"update_epochs": 1, "per_rank_batch_size": 20, "num_steps": 5, "gae_lambda": 1.0, "ent_coef": 0.01}
+    flags |= {"optimizer": "rmsprop", "learning_rate": 7e-4, "normalize_advantages": False, "total_timesteps": 20}
+    notes = run_main(eval_episodes=0, clip_coef=1e-6, **flags)
+    batch = notes["batches"][0]
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), ppo.Args())
+    torch.nn.utils.vector_to_parameters(notes["before"].clone(), agent.parameters())
+    policy = Categorical(logits=agent.actor(batch["obs"]))
+    errors = agent.critic(batch["obs"])[:, 0] - batch["returns"]
+    loss = -(policy.log_prob(batch["actions"][:, 0]) * batch["advantages"]).mean()
+    (loss + 0.5 * 0.5 * errors.square().mean() - 0.01 * policy.entropy().mean()).backward()
+    torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+    torch.optim.RMSprop(agent.parameters(), lr=7e-4, eps=1e-5).step()
+    after = torch.nn.utils.parameters_to_vector(agent.parameters())
+    torch.testing.assert_close(notes["after"][0], after, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(notes["before"], notes["after"][0])

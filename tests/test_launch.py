@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_torch_ddp as ppo
 from launch import BIN, ROOT, TESTS, Command, fabric_run, free_port, run, torchrun
+from toy_envs import PUZZLES, puzzle_flags
 
 TORCH, FABRIC, DECOUPLED = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py", ROOT / "ppo_fabric_decoupled.py"
 LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
@@ -72,7 +74,7 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
     flags = [*SMALL, "--total-timesteps", 1024, "--share-data"]
     first, _ = run_probe(TORCH, tmp_path, *flags, ranks=2)
     args = ppo.Args(num_steps=64, per_rank_batch_size=64, update_epochs=2, share_data=True)
-    agent = ppo.Agent(*cartpole_spaces(), "tanh", True)
+    agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     generator = torch.Generator().manual_seed(np.random.SeedSequence(1).generate_state(4).tolist()[1])
@@ -84,8 +86,8 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
         torch.testing.assert_close(parameters, after, atol=2e-5, rtol=1e-4)
 
 
-def cartpole_spaces():
-    envs = ppo.make_envs("CartPole-v1", 1, "sync")
+def cartpole_spaces() -> tuple[gym.Space, gym.Space]:
+    envs, _ = ppo.make_envs(ppo.Args(), 1, 0)
     return envs.single_observation_space, envs.single_action_space
 
 
@@ -175,7 +177,7 @@ def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
     switches = [*(["--share-data"] if share_data else []), *(["--overlap"] if overlap else [])]
     flags = [*SMALL, "--total-timesteps", 1024, "--num-players", 2, *switches]
     runs = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
+    for folder in (tmp_path / "a", tmp_path / "b")[: 1 + overlap]:  # with overlap twice: it must not race
         folder.mkdir()
         runs.append(run_probe(DECOUPLED, folder, *flags, ranks=5)[2:])
     for iteration in range(4):
@@ -193,21 +195,24 @@ def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
             rows = [torch.cat(rows)]
         assert len(rows[0].unique(dim=0)) == len(rows[0])  # no row twice
     trainers = runs[0][:1] if share_data else runs[0]
-    assert_normalised(list(zip(*(trainer["batches"] for trainer in trainers), strict=True)), tmp_path / "a")
+    sent = "received" if overlap else "batches"
+    assert_normalised(list(zip(*(trainer[sent] for trainer in trainers), strict=True)), tmp_path / "a")
     minibatches = round(256 / (32 * 3))  # with or without sharing
     assert all(trainer["steps"] == 4 * 2 * minibatches for trainer in runs[0])
-    assert_acted(runs[0][0], lag=int(overlap))
+    assert_acted(runs[0][0], runs[0][0][sent], lag=int(overlap))
+    if overlap:  # what is updated with is as if the policy that is updated had acted
+        assert_acted(runs[0][0], runs[0][0]["batches"], lag=0)
     logs = scalars(tmp_path / "a")
-    assert logs == scalars(tmp_path / "b")
+    assert not overlap or logs == scalars(tmp_path / "b")
     assert [value for _, value in logs["Info/policy_lag"]] == ([0, 1, 1, 1] if overlap else [0] * 4)
     assert len(logs["Loss/policy_loss"]) == len(logs["Info/learning_rate"]) == 4
 
 
-def assert_acted(notes: dict, lag: int) -> None:
+def assert_acted(notes: dict, batches: list[dict], lag: int) -> None:
     """The log-probabilities of rollout k are those of the parameters after update k - 1 - lag, and of no other's."""
     parameters = [notes["before"]] * 2 + notes["after"]
-    agent = ppo.Agent(*cartpole_spaces(), "tanh", True)
-    for k, batch in enumerate(notes["batches"]):
+    agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
+    for k, batch in enumerate(batches):
         for other in (0, 1):
             torch.nn.utils.vector_to_parameters(parameters[k + 1 - other].clone(), agent.parameters())
             with torch.no_grad():
@@ -253,6 +258,7 @@ VIDEOS = [
     (TORCH, "CartPole-v1", "async"),
     (TORCH, "CartPole-v1", "native"),
     (FABRIC, "Pendulum-v1", "sync"),
+    (DECOUPLED, "CartPole-v1", "sync"),
 ]
 
 
@@ -260,7 +266,7 @@ VIDEOS = [
 def test_a_lone_copy_runs_and_makes_videos(tmp_path, file, env_id, vec_env):
     shutil.copy(file, tmp_path)
     flags = [*SMALL, "--total-timesteps", 2048, "--capture-video", "--env-id", env_id, "--vec-env", vec_env]
-    output = run([sys.executable, file.name, *flags], cwd=tmp_path, PYTHONPATH="")
+    output = run([*LAUNCHERS[file](2 if file == DECOUPLED else 1), file.name, *flags], cwd=tmp_path, PYTHONPATH="")
     assert "greedy return" in output
     videos = {path.parent.name.split("-")[0] for path in tmp_path.rglob("*.mp4") if path.stat().st_size > 1000}
     assert videos == {"train", "test"}
@@ -272,13 +278,93 @@ def test_the_default_command_learns_cartpole(tmp_path):
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= 475, output
 
 
+FEW = ("ChannelsFirst-MultiBinary", "Dict-MultiDiscrete")
+KINDS = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in PUZZLES]
+
+
+@pytest.mark.parametrize("file, ranks, trainers", [(TORCH, 2, 2), (FABRIC, 2, 2), (DECOUPLED, 3, 2)], **NAMES)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_space_is_learned_on_many_ranks(tmp_path, name, file, ranks, trainers):
+    sizes = ["--num-envs", 8 // (ranks - trainers or 2), "--per-rank-batch-size", 64 // trainers]
+    flags = ["--no-normalize-advantages"]
+    for flag, value in puzzle_flags(name).items():
+        flags += [f"--{flag.replace('_', '-')}", value] if value is not False else []
+    run([*LAUNCHERS[file](ranks), file, *flags, *sizes], cwd=tmp_path, timeout=120)
+    assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= (9.2 if "Box" in name else 9.8)
+
+
+@pytest.mark.parametrize("file, ranks, actors", [(TORCH, 2, 2), (FABRIC, 2, 2), (DECOUPLED, 4, 2)], **NAMES)
+def test_normalisers_hold_the_statistics_of_all_ranks_and_make_the_evaluation(tmp_path, file, ranks, actors):
+    flags = [*SMALL, "--total-timesteps", 1024, "--env-id", "Pendulum-v1", "--normalize-obs", "--normalize-rewards"]
+    notes = run_probe(file, tmp_path, *flags, *(["--num-players", 2] if file == DECOUPLED else []), ranks=ranks)[
+        :actors
+    ]
+    states = [note["state"] for note in notes]
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+    for normalizer, size in (("raw_obs", 3), ("discounted_returns", 1)):
+        rows = torch.cat([row for note in notes for row in note["normalised"][size]]).double().numpy()
+        assert len(rows) == 1024  # Pendulum's episodes are longer than the run: no row is a reset
+        np.testing.assert_allclose(states[0][f"normalizers.{normalizer}.mean"], rows.mean(0), rtol=1e-9)
+        squares = states[0][f"normalizers.{normalizer}.squares"]
+        np.testing.assert_allclose(squares / len(rows), rows.var(0), rtol=1e-9)
+    args = ppo.Args(env_id="Pendulum-v1", normalize_obs=True, normalize_rewards=True, eval_episodes=2)
+    agent = ppo.Agent(gym.spaces.Box(-8, 8, (3,)), gym.spaces.Box(-1, 1, (1,)), args)
+    agent.load_state_dict(states[0])
+    logged = scalars(tmp_path)["Test/cumulative_reward"][-1][1]
+    assert ppo.evaluate(agent, args, seed=1 + 2 * 4).mean() == pytest.approx(logged, rel=1e-6)
+    for name, buffer in agent.normalizers.named_buffers():
+        assert torch.equal(buffer, states[0][f"normalizers.{name}"]), "evaluation must leave the statistics alone"
+
+
+def test_environment_of_ones_own_with_keyword_arguments(tmp_path):
+    flags = [*SMALL, "--total-timesteps", 512, "--env-id", "toy_envs:Terminated-v0", "--env-kwargs", '{"length": 7}']
+    run([sys.executable, TORCH, *flags], cwd=tmp_path)
+    logs = scalars(tmp_path)
+    assert {value for _, value in logs["Game/ep_len_avg"]} == {7} and logs["Test/cumulative_reward"][-1][1] == 7
+
+
+VECTOR_ENVS = [
+    (TORCH, 2, "CartPole-v1", "envpool"),
+    (FABRIC, 2, "HalfCheetah-v5", "envpool"),
+    (TORCH, 2, "ALE/Pong-v5", "native"),
+    (DECOUPLED, 3, "ALE/Pong-v5", "native"),
+    (DECOUPLED, 2, "Pong-v5", "envpool"),
+]
+
+
+@pytest.mark.parametrize("file, ranks, env_id, vec_env", VECTOR_ENVS, **NAMES)
+def test_vector_environments_of_others(tmp_path, file, ranks, env_id, vec_env):
+    flags = ["--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 1, "--eval-episodes", 0]
+    flags += ["--total-timesteps", 256]
+    notes = run_probe(file, tmp_path, *flags, "--env-id", env_id, "--vec-env", vec_env, ranks=ranks)
+    batches = [note["batches"][0] for note in notes if note["batches"]]
+    if "Pong" in env_id:
+        assert all(batch["obs"].dtype == torch.uint8 and batch["obs"].shape[1:] == (4, 84, 84) for batch in batches)
+    firsts = [batch["obs"][batch["valid"]] for batch in batches]
+    if file != DECOUPLED:
+        assert not torch.equal(*firsts)  # no two ranks with the same seeds
+    assert len(scalars(tmp_path)["Loss/policy_loss"]) >= 2
+
+
 BAD = {
     "unknown environment": ("--env-id NoSuch-v0", "NoSuch"),
     "outdated environment": ("--env-id LunarLander-v2", "LunarLander-v3"),
     "unknown module": ("--env-id no_such_module:Env-v0", "no_such_module"),
-    "observation space": ("--env-id toy_envs:TextObs-v0", "FlattenObservation"),
-    "image observations": ("--env-id toy_envs:ImageObs-v0", "FlattenObservation"),
-    "action space": ("--env-id toy_envs:TupleAction-v0", "Discrete and Box"),
+    "observation space": ("--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
+    "small images": ("--env-id toy_envs:ImageObs-v0", "needs ResizeObservation"),
+    "action space": ("--env-id toy_envs:TupleAction-v0", "wrappers.TransformAction"),
+    "no JSON": ("--env-kwargs gravity=1", "--env-kwargs gravity=1"),
+    "no JSON object": ("--env-kwargs [1]", "--env-kwargs [1]"),
+    "unknown keyword": ('--env-kwargs {"gravitas":1}', "gravitas"),
+    "no such EnvPool environment": ("--env-id NoSuch-v0 --vec-env envpool", "NoSuch-v0"),
+    "no such Atari game": ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
+    "video of ALE": ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
+    "episodic life of ALE": (
+        '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
+        "take life_loss_info",
+    ),
+    "hidden size": ("--hidden-sizes 64 0", "--hidden-sizes"),
     "no vector version": ("--env-id Acrobot-v1 --vec-env native", "--vec-env native"),
     "zero updates": ("--total-timesteps 1000", "--total-timesteps 1000"),
     "batch": ("--per-rank-batch-size 513", "--per-rank-batch-size 513"),
@@ -289,12 +375,12 @@ BAD = {
     "no GPU": ("--cuda", "--cuda"),
     "NaN in the last observation": (
         "--env-id toy_envs:NanObs-v0 --num-steps 5 --per-rank-batch-size 4",
-        "non-finite observations",
+        "not finite: 8 observations, 0 rewards",
     ),
     "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
     "seed": ("--seed 5000000000", "--seed"),
-    "NaN observation": ("--env-id toy_envs:NanObs-v0", "non-finite observations"),
-    "NaN reward": ("--env-id toy_envs:NanReward-v0", "non-finite rewards"),
+    "NaN observation": ("--env-id toy_envs:NanObs-v0", " observations, 0 rewards"),
+    "NaN reward": ("--env-id toy_envs:NanReward-v0", ": 0 observations, "),
 }
 
 
@@ -304,7 +390,7 @@ BAD_FOR_FABRIC = {
     "unknown environment": ([], "--env-id NoSuch-v0", "NoSuch"),
     "zero updates": ([], "--total-timesteps 1000", "--total-timesteps 1000"),
     "negative size": ([], "--num-envs -1", "--num-envs"),
-    "NaN reward": ([], "--env-id toy_envs:NanReward-v0", "non-finite rewards"),
+    "NaN reward": ([], "--env-id toy_envs:NanReward-v0", ": 0 observations, "),
     "divergence": ([], "--learning-rate 1e30", "the loss or its gradient"),
 }
 
@@ -317,8 +403,12 @@ BAD_FOR_DECOUPLED = {
     "no GPU": (2, "--cuda", "--cuda"),
     "unknown environment": (3, "--env-id NoSuch-v0", "NoSuch"),
     "zero updates": (2, "--total-timesteps 500", "--total-timesteps 500"),
-    "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", "non-finite rewards"),
-    "NaN observation, two players": (4, "--env-id toy_envs:NanObs-v0 --num-players 2", "non-finite observations"),
+    "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", ": 0 observations, "),
+    "NaN observation, two players": (
+        4,
+        "--env-id toy_envs:NanObs-v0 --num-players 2",
+        " observations, 0 rewards",
+    ),
     "divergence": (3, "--learning-rate 1e30", "the loss or its gradient"),
     "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "the loss or its gradient"),
 }

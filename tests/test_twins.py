@@ -22,7 +22,7 @@ def test_shared_definitions_are_identical(name):
     [
         ("deltas.flip(0)", "deltas", "compute_gae"),
         ("gamma: float = 0.99", "gamma: float = 0.98", "Args.gamma"),
-        ('"""discount factor"""', '"""discount"""', "Args.gamma"),
+        ("# discount factor", "# discount", "Args.gamma"),
         ("seed: int = 1", "seed: float = 1", "Args.seed"),
         ("@torch.inference_mode()\ndef collect_rollout", "def collect_rollout", "collect_rollout"),
     ],

@@ -57,11 +57,67 @@ class Broken(OneAStep):
         return obs, reward, terminated, truncated, info
 
 
+class Lives(OneAStep):
+    """A game of three lives, four steps each, that pays 5 a step; a lost life ends an episode, as in Atari training."""
+
+    lives = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.lives = self.lives or 3
+        obs, _ = super().reset(seed=seed)
+        return obs, {"lives": self.lives}
+
+    def step(self, action):
+        obs, _, _, _, _ = super().step(action)
+        lost = self.steps == 4
+        self.lives -= lost
+        return obs, 5.0, lost, False, {"lives": self.lives}
+
+
+class Puzzle(gym.Env):
+    """Shows one of four observations of a space at random and pays how near the action is to the one that it asks for.
+
+    From 0 to 1 a step: the share of the numbers that are right for finite spaces, 1 less the mean distance in units of
+    half the range for Box. Episodes have ten steps.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+        self.observation_space, self.action_space = observation_space, action_space
+        observation_space.seed(0)
+        action_space.seed(0)
+        self.shown = [observation_space.sample() for _ in range(4)]
+        draws = [[action_space.sample() for _ in range(4)] for _ in range(200)]
+        self.right = max(draws, key=lambda actions: np.std(actions, axis=0).mean())  # far from any constant action
+
+    def observe(self):
+        self.which = int(self.np_random.integers(4))
+        return self.shown[self.which]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        assert action in self.action_space, action
+        right = self.right[self.which]
+        if isinstance(self.action_space, gym.spaces.Box):
+            half_range = (self.action_space.high - self.action_space.low) / 2
+            reward = 1.0 - float(np.mean(np.abs(action - right) / half_range))
+        else:
+            reward = float(np.mean(np.equal(action, right)))
+        return self.observe(), reward, False, self.steps == 10, {}
+
+
 class StrangeSpaces(OneAStep):
     def __init__(self, observation_space=None, action_space=None):
         super().__init__()
         self.observation_space = observation_space or self.observation_space
         self.action_space = action_space or self.action_space
+
+    def observe(self):
+        return self.observation_space.sample()
 
 
 gym.register("Terminated-v0", OneAStep)
@@ -73,3 +129,40 @@ gym.register("RaisesOnRank1-v0", Broken, kwargs={"how": "raises on rank 1"})
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
+gym.register("Unbounded-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))})
+gym.register("Lives-v0", Lives)
+
+spaces = gym.spaces
+PUZZLES = {
+    "Vector-Discrete": (spaces.Box(-1, 1, (8,), np.float32), spaces.Discrete(4, start=2)),
+    "Float64-Box": (spaces.Box(-np.inf, np.inf, (4, 3), np.float64), spaces.Box(-3, 12, (2, 2), np.float32)),
+    "ChannelsFirst-MultiBinary": (spaces.Box(0, 255, (4, 36, 36), np.uint8), spaces.MultiBinary(3)),
+    "ChannelsLast-Box": (spaces.Box(0, 255, (40, 36, 3), np.uint8), spaces.Box(-2, 2, (3,), np.float64)),
+    "Stacked-Discrete": (spaces.Box(0, 255, (2, 36, 36, 3), np.uint8), spaces.Discrete(4)),
+    "Dict-MultiDiscrete": (
+        spaces.Dict({"a": spaces.Box(-1, 1, (2, 2), np.float64), "b": spaces.Discrete(5)}),
+        spaces.MultiDiscrete([3, 5, 2]),
+    ),
+    "Tuple-MultiDiscrete": (
+        spaces.Tuple([spaces.MultiBinary(4), spaces.Box(-1, 1, (3,), np.float32)]),
+        spaces.MultiDiscrete([[3, 2], [4, 3]]),
+    ),
+    "Discrete-MultiBinary": (spaces.Discrete(30), spaces.MultiBinary((2, 2))),
+    "MultiDiscrete-Discrete": (spaces.MultiDiscrete([9, 9, 9]), spaces.Discrete(5)),
+    "MultiBinary-Box": (spaces.MultiBinary(12), spaces.Box(0, 100, (1,), np.float32)),
+}
+for name, (observation_space, action_space) in PUZZLES.items():
+    kwargs = {"observation_space": observation_space, "action_space": action_space}
+    gym.register(f"{name}-v0", Puzzle, kwargs=kwargs)
+
+
+def puzzle_flags(name: str) -> dict:
+    """What learns a puzzle in seconds.
+
+    The right action says nothing of what comes next: gamma is 0. Once all actions are right the advantages are noise,
+    which normalising would blow up.
+    """
+    image = "Channels" in name or "Stacked" in name
+    flags = {"env_id": f"toy_envs:{name}-v0", "num_steps": 32, "gamma": 0.0, "update_epochs": 4, "log_std_init": -1.0}
+    flags |= {"total_timesteps": 8192 if image else 16384, "learning_rate": 5e-4 if image else 3e-3}
+    return flags | {"normalize_advantages": False}

@@ -28,6 +28,7 @@ HUNKS = (
     "imports",
     "the flag that chooses the device",
     "what an update is given",
+    "the rank's part of the rows",
     "backward pass and gradient clipping",
     "deciding together to stop early",
     "processes, device, process group",
@@ -47,13 +48,9 @@ def definitions(source: str) -> dict[str, tuple[int, int]]:
     slices = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
-            for member, following in zip(node.body, [*node.body[1:], None], strict=True):
-                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                end = following.end_lineno if documented else member.end_lineno
-                if isinstance(member, ast.AnnAssign):
-                    slices[f"Args.{member.target.id}"] = (member.lineno - 1, end)
-                elif isinstance(member, ast.FunctionDef):
-                    slices[f"Args.{member.name}"] = (member.lineno - 1, end)
+            for member in node.body:  # a field's help is the comment on its line
+                name = member.target.id if isinstance(member, ast.AnnAssign) else member.name
+                slices[f"Args.{name}"] = (member.lineno - 1, member.end_lineno)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             slices[node.name] = (first - 1, node.end_lineno)
