@@ -1,0 +1,115 @@
+"""Learning curves: sweep files, environments and seeds through the real launchers.
+
+    pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
+    python benchmarks/learning.py mujoco --seeds 3 --workers 2
+
+A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again: delete what a change of the file or
+of its flags makes out of date. At the end prints a Markdown table of the final greedy returns.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from throughput import BIN, ROOT, cpu_model
+
+MUJOCO = (
+    "python ppo_torch_ddp.py --env-id {} --total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 "
+    "--vf-coef 0.25 --no-normalize-advantages --normalize-obs --normalize-rewards --log-std-init -0.5"
+)
+SWIMMER = (  # a long horizon, long rollouts
+    "python ppo_torch_ddp.py --env-id Swimmer-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 1024 "
+    "--learning-rate 6e-4 --gamma 0.9999 --gae-lambda 0.98 --per-rank-batch-size 256 "
+    "--normalize-obs --normalize-rewards"
+)
+ANT = (  # without the contact forces, which drown the rest of the observation
+    'python ppo_torch_ddp.py --env-id Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false} '
+    "--total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 --gae-lambda 0.9 --vf-coef 0.25 "
+    "--normalize-obs --normalize-rewards --log-std-init -1"
+)
+# suite: environment: the command, to which --seed is added
+SUITES = {
+    "mujoco": {
+        "HalfCheetah-v5": MUJOCO.format("HalfCheetah-v5"),
+        "Hopper-v5": MUJOCO.format("Hopper-v5"),
+        "Walker2d-v5": MUJOCO.format("Walker2d-v5"),
+        "Ant-v5": ANT,
+        "Swimmer-v5": SWIMMER,
+    },
+}
+
+
+@dataclass
+class Args:
+    suite: Annotated[Literal["mujoco"], tyro.conf.Positional]
+    """what to run"""
+    seeds: int = 3
+    """seeds 1 to this"""
+    workers: int = 1
+    """runs at a time"""
+
+
+def run(env_id: str, command: str, seed: int) -> dict:
+    """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
+    launcher, *rest = f"{command} --seed {seed}".split()
+    (file,) = [part for part in rest if part.endswith(".py")]
+    arguments = [str(ROOT / part) if part == file else part for part in rest]
+    start_time = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([str(BIN / launcher), *arguments], cwd=folder, check=True, capture_output=True)
+        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
+        scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
+        points, speeds = scalars("Rewards/rew_avg"), scalars("Time/step_per_second")
+        evaluation = scalars("Test/cumulative_reward")[-1].value
+    first = speeds[0].wall_time
+    curve = [(point.step, round(point.wall_time - first, 1), round(point.value, 2)) for point in points]
+    return {
+        "env_id": env_id,
+        "seed": seed,
+        "command": f"{command} --seed {seed}",
+        "greedy_return": round(evaluation, 2),
+        "seconds": round(time.perf_counter() - start_time, 1),
+        "steps_per_second": round(statistics.median(point.value for point in speeds)),
+        "date": time.strftime("%Y-%m-%d"),
+        "source_sha256": hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16],
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco")},
+        "python": sys.version.split()[0],
+        "cpu": cpu_model(),
+        "curve": curve[:: max(1, len(curve) // 200)],
+    }
+
+
+def main(args: Args) -> None:
+    path = ROOT / "benchmarks" / "results" / "learning" / f"{args.suite}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {row["command"] for row in rows}
+    wanted = [(e, c, s) for s in range(1, args.seeds + 1) for e, c in SUITES[args.suite].items()]
+    todo = [(e, c, s) for e, c, s in wanted if f"{c} --seed {s}" not in done]
+    with ThreadPoolExecutor(args.workers) as pool, path.open("a") as file:
+        jobs = [pool.submit(run, *job) for job in todo]
+        for job in tqdm(as_completed(jobs), total=len(jobs)):
+            rows.append(job.result())
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    print("| environment | greedy return, each seed | mean |\n| --- | --- | --- |")
+    for env_id, command in SUITES[args.suite].items():
+        returns = [row["greedy_return"] for row in rows if row["command"].startswith(command + " --seed")]
+        print(f"| {env_id} | {', '.join(f'{value:,.0f}' for value in returns)} | {statistics.mean(returns):,.0f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
