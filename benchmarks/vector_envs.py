@@ -1,0 +1,127 @@
+"""Steps per second of each --vec-env: training on one and on two processes, and stepping alone.
+
+    pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
+    python benchmarks/vector_envs.py
+
+Stepping alone is the same vector environment, made by ppo_torch_ddp.py, with random actions, in one process: the limit
+that no trainer exceeds. Everything runs alternating, `--repeats` times; a figure is a median. Rows go to
+benchmarks/results/vector_envs.jsonl, and the table for the README is printed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from throughput import PYTHON, ROOT, TORCHRUN, cpu_model
+
+FILE = ROOT / "ppo_torch_ddp.py"
+# environment: its flags, the iterations of a run, and its id by --vec-env
+WORKLOADS = {
+    "CartPole": (
+        "--num-envs 8 --num-steps 128 --update-epochs 4 --per-rank-batch-size 256",
+        24,
+        dict.fromkeys(("sync", "async", "native", "envpool"), "CartPole-v1"),
+    ),
+    "HalfCheetah": (
+        "--num-envs 8 --num-steps 256 --update-epochs 10 --per-rank-batch-size 64 --normalize-obs --normalize-rewards",
+        8,
+        dict.fromkeys(("sync", "async", "envpool"), "HalfCheetah-v5"),  # Gymnasium has no vector version of its own
+    ),
+    "Pong": (
+        "--num-envs 8 --num-steps 64 --update-epochs 2 --per-rank-batch-size 128",
+        4,
+        {"sync": "ALE/Pong-v5", "async": "ALE/Pong-v5", "native": "ALE/Pong-v5", "envpool": "Pong-v5"},
+    ),
+}
+STEPPING = """
+import sys, time
+import numpy as np
+sys.path.insert(0, {root!r})
+import ppo_torch_ddp as ppo
+args = ppo.Args(env_id={env_id!r}, vec_env={vec_env!r}, num_envs=8)
+envs, _ = ppo.make_envs(args, 8, 1)
+actions = [np.stack([envs.single_action_space.sample() for _ in range(8)]) for _ in range(64)]
+for t in range(100):
+    envs.step(actions[t % 64])
+steps, start = 0, time.perf_counter()
+while time.perf_counter() - start < {seconds}:
+    for t in range(20):
+        envs.step(actions[t])
+    steps += 20 * 8
+print(steps / (time.perf_counter() - start))
+envs.close()
+"""
+
+
+@dataclass
+class Args:
+    repeats: int = 3
+    """runs of each combination"""
+    seconds: float = 2.0
+    """duration of stepping alone"""
+
+
+def stepping(env_id: str, vec_env: str, seconds: float) -> float:
+    """Environment steps per second without an agent, reset rows included."""
+    code = STEPPING.format(root=str(ROOT), env_id=env_id, vec_env=vec_env, seconds=seconds)
+    return float(subprocess.run([*PYTHON, "-c", code], check=True, text=True, capture_output=True).stdout)
+
+
+def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int) -> float:
+    """Environment steps per second of a run through its launcher, from the end of its first quarter to its end."""
+    sizes = dict(zip(flags.split()[:4:2], map(int, flags.split()[1:4:2]), strict=True))
+    steps = ranks * iterations * sizes["--num-envs"] * sizes["--num-steps"]
+    command = [*(TORCHRUN if ranks == 2 else PYTHON), str(FILE), "--env-id", env_id, "--vec-env", vec_env]
+    command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
+        points = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars("Time/step_per_second")
+    start, end = points[iterations // 4 - 1], points[-1]
+    return (end.step - start.step) / (end.wall_time - start.wall_time)
+
+
+def main(args: Args) -> None:
+    figures = {}
+    combinations = [(name, vec_env) for name, (_, _, ids) in WORKLOADS.items() for vec_env in ids]
+    for name, vec_env in tqdm(combinations * args.repeats):
+        flags, iterations, ids = WORKLOADS[name]
+        row = figures.setdefault((name, vec_env), {"stepping": [], "1": [], "2": []})
+        row["stepping"].append(stepping(ids[vec_env], vec_env, args.seconds))
+        for ranks in (1, 2):
+            row[str(ranks)].append(training(ranks, ids[vec_env], vec_env, flags, iterations))
+
+    packages = ("torch", "gymnasium", "numpy", "envpool", "ale-py", "mujoco")
+    print("| environment | --vec-env | stepping alone | one process | two processes |")
+    print("| --- | --- | --- | --- | --- |")
+    with (ROOT / "benchmarks" / "results" / "vector_envs.jsonl").open("w") as file:
+        for (name, vec_env), columns in figures.items():
+            row = {
+                "environment": WORKLOADS[name][2][vec_env],
+                "vec_env": vec_env,
+                "flags": WORKLOADS[name][0],
+                **{column: [round(value, 1) for value in values] for column, values in columns.items()},
+                "date": time.strftime("%Y-%m-%d"),
+                "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
+                "versions": {package: importlib.metadata.version(package) for package in packages},
+                "python": sys.version.split()[0],
+                "cpu": cpu_model(),
+            }
+            file.write(json.dumps(row) + "\n")
+            cells = " | ".join(f"{statistics.median(values):,.0f}" for values in columns.values())
+            print(f"| {row['environment']} | {vec_env} | {cells} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
