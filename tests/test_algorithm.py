@@ -92,7 +92,7 @@ def test_loss_gradient_ignores_rows_that_are_no_experience():
     valid = torch.tensor([True, False, True, True])
     mb = {name: torch.randn(4) for name in ("log_probs", "advantages", "returns", "values")}
     mb["weights"] = valid / valid.sum()
-    outputs = [torch.randn(4, requires_grad=True) for _ in range(3)]
+    outputs = [(mb["log_probs"] + 0.1).requires_grad_(), *(torch.randn(4, requires_grad=True) for _ in range(2))]
     ppo.ppo_loss(*outputs, mb, ppo.Args(ent_coef=0.1))[0].backward()
     for output in outputs:
         assert output.grad[1] == 0 and (output.grad[valid] != 0).any()
