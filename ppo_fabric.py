@@ -13,7 +13,6 @@ In Lightning Fabric, with one process, two on the CPU, eight GPUs, two machines 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
-import importlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Literal
 
@@ -56,6 +56,7 @@ class Args:
     normalize_obs: bool = False  # normalise vectors by their running mean and deviation over all ranks
     normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
     clip_rewards: bool = False  # clip rewards to -1 .. 1 (returns are always reported as they are)
+    episodic_life: bool = False  # end an episode with a lost life, while `info["lives"]` are left in the game
     # algorithm
     total_timesteps: int = 100_000  # environment steps over all ranks: the iterations that fit in are run
     num_steps: int = 128  # steps per environment and rollout
@@ -88,6 +89,7 @@ class Args:
             ("seed", 0, 2**31),
             ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
             ("learning_rate clip_coef max_grad_norm target_kl", 1e-30, math.inf),
+            ("log_std_init", -20, 20),
             ("gamma gae_lambda", 0, 1),
         ):
             for name in names.split():
@@ -100,33 +102,33 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     """Make a vector of environments, the place to plug in your own; reset environment i with `seed + i`.
 
     Its autoreset mode must be NEXT_STEP: the step after an episode's end ignores the action, returns reward 0 and the
-    first observation of the next episode. With `video_dir`, the first environment's episodes are recorded there. If a
-    lost life ends an episode, `info["lives"]` says how many are left, and the same game goes on in the next episode.
+    first observation of the next episode. With `episodic_life` the next episode goes on in the same game, if any of its
+    `info["lives"]` are left. With `video_dir`, the first environment's episodes are recorded there.
     """
     spaces, wrappers, video = gym.spaces, gym.wrappers.vector, {"render_mode": "rgb_array"} if video_dir else {}
     finite = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-
-    def make_env(index: int) -> gym.Env:
-        if video_dir and index == 0:
-            return gym.wrappers.RecordVideo(gym.make(args.env_id, **video, **kwargs), video_dir)
-        return gym.make(args.env_id, **kwargs)
-
+    vectorized, atari = args.vec_env in ("native", "envpool"), args.env_id.startswith("ALE/")
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
-        if args.env_id.startswith("ALE/"):
-            importlib.import_module("ale_py")  # which registers them
-            if args.vec_env == "native" and (kwargs.get("episodic_life") or args.capture_video):
-                raise ValueError("it cannot render for --capture-video; instead of episodic_life take life_loss_info")
-            kwargs |= {"reward_clipping": False} if args.vec_env == "native" else {}  # --clip-rewards clips
+        if vectorized and kwargs.keys() & {"reward_clipping", "reward_clip", "life_loss_info", "episodic_life"}:
+            raise ValueError("take --clip-rewards and --episodic-life, which leave the reported returns alone")
+        env_id = f"ale_py:{args.env_id}" if atari else args.env_id  # the module that registers them
         if args.vec_env == "envpool":
-            make = importlib.import_module("envpool").make_gymnasium
-            envs = make(args.env_id, num_envs=num_envs, seed=seed, **video, **kwargs)
+            kwargs |= {"episodic_life": True} if args.episodic_life else {}
+            envs = import_module("envpool").make_gymnasium(env_id, num_envs=num_envs, seed=seed, **video, **kwargs)
         elif args.vec_env == "native":
-            envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **video, **kwargs)
+            if atari and args.capture_video:
+                raise ValueError("ALE's vector environment cannot render for --capture-video")
+            # its own episodic_life would start a new game with each life
+            kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life} if atari else {}
+            envs = gym.make_vec(env_id, num_envs, "vector_entry_point", **video, **kwargs)
         else:
             vectorize = gym.vector.AsyncVectorEnv if args.vec_env == "async" else gym.vector.SyncVectorEnv
-            envs = vectorize([partial(make_env, index) for index in range(num_envs)])
-        if video_dir and args.vec_env in ("native", "envpool"):
+            makers = [partial(gym.make, env_id, **kwargs)] * num_envs
+            if video_dir:
+                makers[0] = lambda: gym.wrappers.RecordVideo(gym.make(env_id, **video, **kwargs), video_dir)
+            envs = vectorize(makers)
+        if video_dir and vectorized:
             envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True)
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)
@@ -138,22 +140,21 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
         if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
             raise ValueError("the autoreset mode must be NEXT_STEP")
         box = spaces.Box(-1, 1, action_space.shape)  # around where the Gaussian starts
-        if isinstance(action_space, spaces.Box) and action_space.is_bounded() and action_space != box:
-            low, high = action_space.low, action_space.high
+        low, high = getattr(action_space, "low", 0), getattr(action_space, "high", 0)
+        if isinstance(action_space, spaces.Box) and np.isfinite(high - low).all() and action_space != box:
             rescale = lambda actions: (low + (actions + 1) / 2 * (high - low)).clip(low, high)  # noqa: E731
             envs = wrappers.TransformAction(envs, rescale, single_action_space=box)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+        return envs, envs.reset(seed=None if args.vec_env == "envpool" else seed)[0]  # EnvPool has its seed
+    except (gym.error.Error, ImportError, AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         flags = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} --vec-env {args.vec_env}"
         raise SystemExit(f"error: {flags}: {error}") from error
-    return envs, envs.reset(seed=None if args.vec_env == "envpool" else seed)[0]  # EnvPool has its seed
 
 
 class Images(nn.Module):
-    """Images (B, ...) of 8 bits to floats from 0 to 1, (B, channels, height, width); stacked frames are channels."""
+    """8-bit images, channels first or last, to floats (B, channels, height, width) from 0 to 1; frames are channels."""
 
     def forward(self, obs: Tensor) -> Tensor:
-        channels_last = obs.shape[-1] < min(obs.shape[-3:-1])
-        return (obs.movedim(-1, -3) if channels_last else obs).flatten(1, -3) / 255
+        return (obs.movedim(-1, -3) if obs.shape[-1] < min(obs.shape[-3:-1]) else obs).flatten(1, -3) / 255
 
 
 class Normalizer(nn.Module):
@@ -194,8 +195,9 @@ class Agent(nn.Module):
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.Space, args: Args):
         super().__init__()
         self.discrete = not isinstance(action_space, gym.spaces.Box)
-        image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (3, 4)
-        self.obs_shape = obs_space.shape if image else (math.prod(obs_space.shape),)
+        shape = obs_space.shape if len(obs_space.shape) != 2 or min(obs_space.shape) < 36 else (1, *obs_space.shape)
+        image = obs_space.dtype == np.uint8 and len(shape) in (3, 4)
+        self.obs_shape = shape if image else (math.prod(shape),)
         self.obs_dtype = torch.uint8 if image else torch.float32
         activation = nn.Tanh if args.activation_function == "tanh" else nn.ReLU
 
@@ -279,9 +281,8 @@ def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     return a.astype(space.dtype, copy=False)
 
 
-def make_storage(num_steps: int, num_envs: int, agent: Agent, first_obs: np.ndarray) -> Tensors:
-    """The rollout's buffers on the host; their last row starts the next rollout, so it holds the first observation."""
-    T, N = num_steps, num_envs
+def make_storage(T: int, N: int, agent: Agent, first_obs: np.ndarray) -> Tensors:
+    """Buffers for T steps of N environments, on the host; their last row starts a rollout: the first observation."""
     storage = {
         "obs": torch.zeros(T + 1, N, *agent.obs_shape, dtype=agent.obs_dtype),
         "actions": torch.zeros(T + 1, N, agent.output_shape[0], dtype=torch.int64 if agent.discrete else torch.float32),
@@ -322,14 +323,13 @@ def collect_rollout(
         episode_return += reward
         episode_length += ~array["dones"][t]
         if np.count_nonzero(done):
-            over = done & (truncated | (info.get("lives", 0) == 0))  # Atari's episodic life ends no game
+            over = done & (truncated | (info.get("lives", 0) == 0)) if args.episodic_life else done  # whole games
             episodes += zip(episode_return[over].tolist(), episode_length[over].tolist(), strict=True)
             episode_return[over], episode_length[over] = 0.0, 0
     rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated")}
     rollout["dones"], rollout["valid"] = dones[1:].to(device), ~dones[:-1].to(device)
     rollout |= {"raw_obs": rollout["obs"], "raw_rewards": rollout["rewards"], "obs": agent.normalize(rollout["obs"])}
-    if args.clip_rewards:
-        rollout["rewards"] = rollout["rewards"].clamp(-1, 1)
+    rollout["rewards"] = rollout["rewards"].clamp(-1, 1) if args.clip_rewards else rollout["rewards"]
     if args.normalize_rewards:
         decays, last = args.gamma * rollout["valid"].float(), storage["discounted_return"].to(device)
         rollout["discounted_returns"] = discount(rollout["rewards"], decays, last).unsqueeze(-1)
@@ -470,7 +470,7 @@ def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) 
         actions = agent.act(agent.normalize(obs)).cpu()
         obs, rewards, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
         returns += rewards * running
-        running &= ~(truncated | (terminated & (info.get("lives", 0) == 0)))
+        running &= ~(truncated | (terminated & (not args.episodic_life or info.get("lives", 0) == 0)))
     envs.close()
     return returns
 
@@ -497,14 +497,14 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if args.per_rank_batch_size * world_size > rollout_size:
         raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
-    # seeds: the same parameters everywhere, streams of their own for each rank's environments, actions and shuffling
-    torch.manual_seed(args.seed)
+    # seeds: streams of their own for each rank's environments, actions and shuffling, but the same parameters for all
     stream_seeds = np.random.SeedSequence(args.seed).generate_state(2 * world_size).tolist()
     action_generator = torch.Generator().manual_seed(stream_seeds[2 * rank])
     shuffle_generator = torch.Generator().manual_seed(stream_seeds[1 if args.share_data else 2 * rank + 1])
     # environments and agent
     video_dir = f"{run_dir}/videos/train" if args.capture_video and rank == 0 else None
     envs, first_obs = make_envs(args, args.num_envs, args.seed + rank * args.num_envs, video_dir)
+    torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     make_optimizer = partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else torch.optim.RMSprop
     optimizer = make_optimizer(agent.parameters(), lr=args.learning_rate, eps=1e-5)

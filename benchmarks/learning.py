@@ -35,17 +35,18 @@ SWIMMER = (  # a long horizon, long rollouts
     "--learning-rate 6e-4 --gamma 0.9999 --gae-lambda 0.98 --per-rank-batch-size 256 "
     "--normalize-obs --normalize-rewards"
 )
-ANT = (  # without the contact forces, which drown the rest of the observation
-    'python ppo_torch_ddp.py --env-id Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false} '
-    "--total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 --gae-lambda 0.9 --vf-coef 0.25 "
-    "--normalize-obs --normalize-rewards --log-std-init -1"
+WALKER2D = (
+    "python ppo_torch_ddp.py --env-id Walker2d-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 "
+    "--learning-rate 3e-4 --gae-lambda 0.9 --vf-coef 0.25 --normalize-obs --normalize-rewards --log-std-init -1"
 )
+# the contact forces would drown the rest of the observation
+ANT = WALKER2D.replace("Walker2d-v5", 'Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false}')
 # suite: environment: the command, to which --seed is added
 SUITES = {
     "mujoco": {
         "HalfCheetah-v5": MUJOCO.format("HalfCheetah-v5"),
         "Hopper-v5": MUJOCO.format("Hopper-v5"),
-        "Walker2d-v5": MUJOCO.format("Walker2d-v5"),
+        "Walker2d-v5": WALKER2D,
         "Ant-v5": ANT,
         "Swimmer-v5": SWIMMER,
     },

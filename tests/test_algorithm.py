@@ -405,7 +405,7 @@ def test_discounted_returns_end_with_the_episode_and_cross_rollouts():
 
 def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
     for flags in ({"clip_rewards": True}, {"normalize_rewards": True}):
-        agent, [(rollout, episodes)] = collect("toy_envs:Lives-v0", num_steps=40, **flags)
+        agent, [(rollout, episodes)] = collect("toy_envs:Lives-v0", num_steps=40, episodic_life=True, **flags)
         if agent.normalizers:
             assert rollout["rewards"].max() == 5  # nothing is known before the first merge
         else:
@@ -413,8 +413,12 @@ def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
         # three lives of four steps that pay 5 each, a reset row after each life
         assert rollout["dones"][:, 0].nonzero().flatten().tolist() == [3, 8, 13, 18, 23, 28, 33, 38]
         assert episodes == [(60.0, 12)] * 4
-    returns = ppo.evaluate(agent, ppo.Args(env_id="toy_envs:Lives-v0", eval_episodes=2), 0)
-    assert returns.tolist() == [60, 60]
+    # without the flag lives mean nothing: the end of an episode is its end
+    for episodic_life, expected in ((True, [60, 60]), (False, [20, 20])):
+        args = ppo.Args(env_id="toy_envs:Lives-v0", eval_episodes=2, episodic_life=episodic_life)
+        assert ppo.evaluate(agent, args, 0).tolist() == expected
+    _, [(_, episodes)] = collect("toy_envs:Lives-v0", num_steps=40)
+    assert set(episodes) == {(20.0, 4)}
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 50), (40, 50, 3), (4, 40, 50, 3), (4, 3, 40, 50), (4, 40, 40)], ids=str)

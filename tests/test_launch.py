@@ -112,20 +112,29 @@ def test_the_same_command_logs_the_same(tmp_path, ranks):
     assert logs[0]["Rewards/rew_avg"] and logs[0]["Game/ep_len_avg"] == logs[0]["Rewards/rew_avg"]  # CartPole pays 1
 
 
-def test_two_machines_and_no_seed_twice(tmp_path):
-    """Two torchrun agents on this machine, two ranks each: 16 environments and the evaluation's two, one seed each."""
-    diary = tmp_path / "diary"
+@pytest.mark.parametrize("file", LAUNCHERS, **NAMES)
+def test_two_machines_and_no_seed_twice(tmp_path, file):
+    """Two agents of the launcher on this machine, two ranks each; every environment of the run has a seed of its own.
+
+    Those are 16 and the evaluation's two; decoupled, 8 of two players, the evaluation's, and two that trainers look at.
+    """
+    diary, port = tmp_path / "diary", free_port()
     diary.mkdir()
-    rendezvous = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
     flags = [*SMALL, "--total-timesteps", 2 * 4 * 4 * 32, "--env-id", "toy_envs:Diary-v0", "--seed", 5]
+    flags += ["--num-players", 2, "--num-envs", 8] if file == DECOUPLED else []
     machines = []
-    for name in ("a", "b"):
+    for rank, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
-        machines.append(Command([BIN / "torchrun", *rendezvous, TORCH, *flags], cwd=tmp_path / name, DIARY=str(diary)))
+        launcher = [BIN / "torchrun", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        launcher += [f"--rdzv_endpoint=localhost:{port}"]
+        if file != TORCH:
+            launcher = [BIN / "fabric", "run", "--accelerator=cpu", "--num-nodes=2", "--devices=2"]
+            launcher += [f"--node-rank={rank}", "--main-address=127.0.0.1", f"--main-port={port}"]
+        machines.append(Command([*launcher, file, *flags], cwd=tmp_path / name, DIARY=str(diary)))
     results = [machine.finish() for machine in machines]
     assert [status for status, _ in results] == [0, 0], results
     seeds = sorted(int(path.read_text()) for path in diary.iterdir())
-    assert seeds == list(range(5, 5 + 4 * 4 + 2))
+    assert len(seeds) == 4 * 4 + 2 + 2 * (file == DECOUPLED) and len(set(seeds)) == len(seeds) and min(seeds) == 5
     assert {path.name.split("-")[0] for path in diary.iterdir()} == {"0", "1", "2", "3"}
     assert len(scalars(tmp_path)["Loss/policy_loss"]) == 2  # and rank 0 alone writes
 
@@ -135,6 +144,7 @@ def test_two_machines_and_no_seed_twice(tmp_path):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, share_data):
     flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *(["--share-data"] if share_data else [])]
+    flags += ["--normalize-obs", "--normalize-rewards"] if env_id == "Pendulum-v1" and ranks == 2 else []
     ends = []
     for file in (TORCH, FABRIC):
         (tmp_path / file.stem).mkdir()
@@ -168,6 +178,22 @@ def test_one_player_and_one_trainer_end_with_the_bits_of_one_process(tmp_path, e
     logs = [scalars(tmp_path / file.stem / "logs") for file in (TORCH, DECOUPLED)]
     assert logs[0] == {tag: points for tag, points in logs[1].items() if tag != "Info/policy_lag"}
     assert {value for _, value in logs[1]["Info/policy_lag"]} == {0}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_times_of_player_and_trainer_explain_the_iteration(tmp_path, overlap):
+    switches = ["--overlap"] if overlap else []
+    flags = ["--total-timesteps", 16384, "--eval-episodes", 0, *switches]
+    run([*fabric_run(2), DECOUPLED, *flags], cwd=tmp_path)
+    (events,) = {path.parent for path in tmp_path.rglob("events.*")}
+    points = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload().Scalars
+    duration = points("Time/step_per_second")[-1].wall_time - points("Time/step_per_second")[0].wall_time
+    for tags in (
+        ("Time/rollout", "Time/player_wait", "Time/communication"),
+        ("Time/update", "Time/trainer_wait", "Time/trainer_communication"),
+    ):
+        total = sum(point.value for tag in tags for point in points(tag)[1:])
+        assert 0.85 * duration < total < 1.1 * duration  # logging is in none of them
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -327,6 +353,8 @@ def test_environment_of_ones_own_with_keyword_arguments(tmp_path):
 VECTOR_ENVS = [
     (TORCH, 2, "CartPole-v1", "envpool"),
     (FABRIC, 2, "HalfCheetah-v5", "envpool"),
+    (TORCH, 2, "Pendulum-v1", "envpool"),
+    (TORCH, 2, "CartPole-v1", "async"),
     (TORCH, 2, "ALE/Pong-v5", "native"),
     (DECOUPLED, 3, "ALE/Pong-v5", "native"),
     (DECOUPLED, 2, "Pong-v5", "envpool"),
@@ -362,8 +390,9 @@ BAD = {
     "video of ALE": ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
     "episodic life of ALE": (
         '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
-        "take life_loss_info",
+        "take --clip-rewards and --episodic-life",
     ),
+    "missing file": ('--env-id HalfCheetah-v5 --env-kwargs {"xml_file":"/no.xml"}', "/no.xml"),
     "hidden size": ("--hidden-sizes 64 0", "--hidden-sizes"),
     "no vector version": ("--env-id Acrobot-v1 --vec-env native", "--vec-env native"),
     "zero updates": ("--total-timesteps 1000", "--total-timesteps 1000"),
@@ -379,6 +408,7 @@ BAD = {
     ),
     "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
     "seed": ("--seed 5000000000", "--seed"),
+    "deviation": ("--log-std-init inf", "--log-std-init"),
     "NaN observation": ("--env-id toy_envs:NanObs-v0", " observations, 0 rewards"),
     "NaN reward": ("--env-id toy_envs:NanReward-v0", ": 0 observations, "),
 }
@@ -390,6 +420,10 @@ BAD_FOR_FABRIC = {
     "unknown environment": ([], "--env-id NoSuch-v0", "NoSuch"),
     "zero updates": ([], "--total-timesteps 1000", "--total-timesteps 1000"),
     "negative size": ([], "--num-envs -1", "--num-envs"),
+    "zero size": ([], "--num-steps 0", "--num-steps"),
+    "batch": ([], "--per-rank-batch-size 513", "--per-rank-batch-size 513"),
+    "observation space": ([], "--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
+    "NaN observation": ([], "--env-id toy_envs:NanObs-v0", " observations, 0 rewards"),
     "NaN reward": ([], "--env-id toy_envs:NanReward-v0", ": 0 observations, "),
     "divergence": ([], "--learning-rate 1e30", "the loss or its gradient"),
 }
@@ -442,13 +476,27 @@ def test_bad_input_to_the_decoupled_file(tmp_path, case):
     fails_with_one_line([*fabric_run(ranks), DECOUPLED, *flags.split()], tmp_path, said)
 
 
+@pytest.mark.parametrize("ranks, flags", [(1, []), (2, ["--num-players", 2]), (2, ["--player-on-gpu"])], ids=str)
+def test_bad_ranks_of_the_decoupled_file_under_other_launchers(tmp_path, ranks, flags):
+    said = "--player-on-gpu needs --cuda" if "--player-on-gpu" in flags else f"of {ranks} ranks"
+    fails_with_one_line([*torchrun(ranks), DECOUPLED, *flags], tmp_path, said)
+
+
 def test_torchrun_is_not_for_the_fabric_file(tmp_path):
     fails_with_one_line([*torchrun(2), FABRIC], tmp_path, "fabric run")
 
 
-def test_one_rank_that_fails_ends_the_others(tmp_path):
+def test_a_launcher_without_gpus_starts_nothing(tmp_path):
+    """That error is the launcher's own: `fabric run` raises it before our first line."""
+    command = [BIN / "fabric", "run", "--accelerator=gpu", "--devices=2", FABRIC]
+    status, output = Command(command, cwd=tmp_path).finish(timeout=20)
+    assert status != 0 and "MisconfigurationException" in output
+
+
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
+def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks):
     """The environments of rank 1 alone raise an exception, in the middle of a rollout."""
-    for file in (TORCH, FABRIC):
-        flags = ["--env-id", "toy_envs:RaisesOnRank1-v0", "--eval-episodes", 0]
-        status, output = Command([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path).finish(timeout=30)
-        assert status != 0 and "the simulator broke" in output
+    flags = ["--env-id", "toy_envs:RaisesOnRank1-v0", "--eval-episodes", 0]
+    flags += ["--num-players", 2] if file == DECOUPLED else []
+    status, output = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path).finish(timeout=30)
+    assert status != 0 and "the simulator broke" in output
