@@ -112,13 +112,13 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
         kwargs = dict(**json.loads(args.env_kwargs))
         if vectorized and kwargs.keys() & {"reward_clipping", "reward_clip", "life_loss_info", "episodic_life"}:
             raise ValueError("take --clip-rewards and --episodic-life, which leave the reported returns alone")
+        if args.capture_video and vectorized and (atari or args.vec_env == "envpool"):
+            raise ValueError("it does not render: take --vec-env sync for --capture-video")
         env_id = f"ale_py:{args.env_id}" if atari else args.env_id  # the module that registers them
         if args.vec_env == "envpool":
             kwargs |= {"episodic_life": True} if args.episodic_life else {}
-            envs = import_module("envpool").make_gymnasium(env_id, num_envs=num_envs, seed=seed, **video, **kwargs)
+            envs = import_module("envpool").make_gymnasium(env_id, num_envs=num_envs, seed=seed, **kwargs)
         elif args.vec_env == "native":
-            if atari and args.capture_video:
-                raise ValueError("ALE's vector environment cannot render for --capture-video")
             # its own episodic_life would start a new game with each life
             kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life} if atari else {}
             envs = gym.make_vec(env_id, num_envs, "vector_entry_point", **video, **kwargs)
@@ -128,7 +128,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             if video_dir:
                 makers[0] = lambda: gym.wrappers.RecordVideo(gym.make(env_id, **video, **kwargs), video_dir)
             envs = vectorize(makers)
-        if video_dir and vectorized:
+        if video_dir and args.vec_env == "native":
             envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True)
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)

@@ -11,6 +11,7 @@ benchmarks/results/vector_envs.jsonl, and the table for the README is printed.
 import hashlib
 import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,9 +42,15 @@ WORKLOADS = {
     "Pong": (
         "--num-envs 8 --num-steps 64 --update-epochs 2 --per-rank-batch-size 128",
         4,
-        {"sync": "ALE/Pong-v5", "async": "ALE/Pong-v5", "native": "ALE/Pong-v5", "envpool": "Pong-v5"},
+        {
+            "sync": "atari_envs:StackedPong-v0",  # the frames that the other two make
+            "async": "atari_envs:StackedPong-v0",
+            "native": "ALE/Pong-v5",
+            "envpool": "Pong-v5",
+        },
     ),
 }
+ENVIRON = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
 STEPPING = """
 import sys, time
 import numpy as np
@@ -75,7 +82,7 @@ class Args:
 def stepping(env_id: str, vec_env: str, seconds: float) -> float:
     """Environment steps per second without an agent, reset rows included."""
     code = STEPPING.format(root=str(ROOT), env_id=env_id, vec_env=vec_env, seconds=seconds)
-    return float(subprocess.run([*PYTHON, "-c", code], check=True, text=True, capture_output=True).stdout)
+    return float(subprocess.run([*PYTHON, "-c", code], check=True, text=True, capture_output=True, env=ENVIRON).stdout)
 
 
 def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int) -> float:
@@ -85,7 +92,7 @@ def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int)
     command = [*(TORCHRUN if ranks == 2 else PYTHON), str(FILE), "--env-id", env_id, "--vec-env", vec_env]
     command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRON)
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
         points = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars("Time/step_per_second")
     start, end = points[iterations // 4 - 1], points[-1]

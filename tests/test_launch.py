@@ -183,7 +183,7 @@ def test_one_player_and_one_trainer_end_with_the_bits_of_one_process(tmp_path, e
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_times_of_player_and_trainer_explain_the_iteration(tmp_path, overlap):
     switches = ["--overlap"] if overlap else []
-    flags = ["--total-timesteps", 16384, "--eval-episodes", 0, *switches]
+    flags = ["--total-timesteps", 10240, "--eval-episodes", 0, *switches]
     run([*fabric_run(2), DECOUPLED, *flags], cwd=tmp_path)
     (events,) = {path.parent for path in tmp_path.rglob("events.*")}
     points = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload().Scalars
@@ -388,6 +388,7 @@ BAD = {
     "no such EnvPool environment": ("--env-id NoSuch-v0 --vec-env envpool", "NoSuch-v0"),
     "no such Atari game": ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
     "video of ALE": ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
+    "video of EnvPool": ("--vec-env envpool --capture-video", "--vec-env sync for --capture-video"),
     "episodic life of ALE": (
         '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
         "take --clip-rewards and --episodic-life",
