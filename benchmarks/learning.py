@@ -2,6 +2,7 @@
 
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/learning.py mujoco --seeds 3 --workers 2
+    python benchmarks/learning.py pong --seeds 1
 
 A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again: delete what a change of the file or
 of its flags makes out of date. At the end prints a Markdown table of the final greedy returns.
@@ -41,6 +42,13 @@ WALKER2D = (
 )
 # the contact forces would drown the rest of the observation
 ANT = WALKER2D.replace("Walker2d-v5", 'Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false}')
+# small frames, so that two cores do
+PONG = (
+    "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py --env-id ALE/Pong-v5 --vec-env native "
+    '--env-kwargs {"img_height":42,"img_width":42,"repeat_action_probability":0.0} --total-timesteps 2000000 '
+    "--num-envs 8 --num-steps 128 --update-epochs 4 --per-rank-batch-size 128 --learning-rate 5e-4 --clip-coef 0.1 "
+    "--ent-coef 0.01 --clip-rewards"
+)
 # suite: environment: the command, to which --seed is added
 SUITES = {
     "mujoco": {
@@ -50,12 +58,13 @@ SUITES = {
         "Ant-v5": ANT,
         "Swimmer-v5": SWIMMER,
     },
+    "pong": {"ALE/Pong-v5": PONG},
 }
 
 
 @dataclass
 class Args:
-    suite: Annotated[Literal["mujoco"], tyro.conf.Positional]
+    suite: Annotated[Literal["mujoco", "pong"], tyro.conf.Positional]
     """what to run"""
     seeds: int = 3
     """seeds 1 to this"""
@@ -86,7 +95,9 @@ def run(env_id: str, command: str, seed: int) -> dict:
         "steps_per_second": round(statistics.median(point.value for point in speeds)),
         "date": time.strftime("%Y-%m-%d"),
         "source_sha256": hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
+        },
         "python": sys.version.split()[0],
         "cpu": cpu_model(),
         "curve": curve[:: max(1, len(curve) // 200)],
