@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch.distributions import Categorical, Normal
 
 import ppo_fabric_decoupled as decoupled
@@ -308,12 +309,36 @@ def run_main(tmp_path, monkeypatch):
 def test_values_bootstrap_from_truncation_and_not_from_termination(run_main):
     """Pays 1 a step for 10 steps: worth 1 / (1 - gamma) if truncated, the sum of the steps left if terminated."""
     flags = {"num_envs": 8, "num_steps": 32, "gamma": 0.9, "learning_rate": 3e-3, "total_timesteps": 60_000}
+    flags["per_rank_batch_size"] = 128
     critic = run_main(env_id="toy_envs:Truncated-v0", eval_episodes=0, **flags)["model"].critic
     assert critic(torch.ones(1, 1)).item() == pytest.approx(10.0, abs=0.2)
     critic = run_main(env_id="toy_envs:Terminated-v0", eval_episodes=0, **flags)["model"].critic
     for steps in range(10):
         finite_sum = (1 - 0.9 ** (10 - steps)) / (1 - 0.9)
         assert critic(torch.tensor([[steps / 10]])).item() == pytest.approx(finite_sum, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--env-id LunarLander-v2", "LunarLander-v3"),
+        ("--env-id no_such_module:Env-v0", "no_such_module"),
+        ("--env-kwargs gravity=1", "--env-kwargs gravity=1"),
+        ("--env-kwargs [1]", "--env-kwargs \\[1\\]"),
+        ('--env-kwargs {"gravitas":1}', "gravitas"),
+        ('--env-id HalfCheetah-v5 --env-kwargs {"xml_file":"/no.xml"}', "/no.xml"),
+        ("--env-id Acrobot-v1 --vec-env native", "--vec-env native"),
+        ("--hidden-sizes 64 0", "--hidden-sizes"),
+        ("--gamma 1.5", "--gamma"),
+        ("--learning-rate nan", "--learning-rate"),
+        ("--log-std-init inf", "--log-std-init"),
+        ("--seed 5000000000", "--seed"),
+        ("--update-epochs 0", "--update-epochs"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(flags, said):
+    with pytest.raises(SystemExit, match=f"error: [^\n]*{said}"):
+        ppo.make_envs(tyro.cli(ppo.Args, args=flags.split()), 1, 0)
 
 
 def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):

@@ -26,8 +26,19 @@ SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "
 
 def run_probe(file: Path, folder: Path, *flags, ranks: int = 1) -> list[dict]:
     """Run a file's `main` under its launcher; what probe.py noted on each rank."""
-    run([*LAUNCHERS[file](ranks), TESTS / "probe.py", file, folder, *flags], cwd=folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return run_probes((file, folder, ranks), flags=flags)[0]
+
+
+def run_probes(*runs: tuple[Path, Path, int], flags: list) -> list[list[dict]]:
+    """The same for several (file, folder, ranks) at a time: starting leaves a core idle."""
+    commands = []
+    for file, folder, ranks in runs:
+        folder.mkdir(exist_ok=True)
+        command = [*LAUNCHERS[file](ranks), TESTS / "probe.py", file, folder, *flags]
+        commands.append(Command(command, cwd=folder))
+    for status, output in [command.finish() for command in commands]:
+        assert status == 0, output
+    return [[torch.load(folder / f"{rank}.pt") for rank in range(ranks)] for _, folder, ranks in runs]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -93,11 +104,13 @@ def cartpole_spaces() -> tuple[gym.Space, gym.Space]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_same_command_logs_the_same(tmp_path, ranks):
-    logs = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
+    folders, commands = (tmp_path / "a", tmp_path / "b"), []
+    for folder in folders:
         folder.mkdir()
-        run([*torchrun(ranks), TORCH, *SMALL, "--total-timesteps", 2048, "--eval-every", 2], cwd=folder)
-        logs.append(scalars(folder / "logs" / "torch_logs"))
+        command = [*torchrun(ranks), TORCH, *SMALL, "--total-timesteps", 2048, "--eval-every", 2]
+        commands.append(Command(command, cwd=folder))
+    assert [command.finish()[0] for command in commands] == [0, 0]
+    logs = [scalars(folder / "logs" / "torch_logs") for folder in folders]
     assert logs[0] == logs[1]
     iterations = 2048 // (ranks * 4 * 32)
     once_an_iteration = (
@@ -145,14 +158,11 @@ def test_two_machines_and_no_seed_twice(tmp_path, file):
 def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, share_data):
     flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *(["--share-data"] if share_data else [])]
     flags += ["--normalize-obs", "--normalize-rewards"] if env_id == "Pendulum-v1" and ranks == 2 else []
-    ends = []
-    for file in (TORCH, FABRIC):
-        (tmp_path / file.stem).mkdir()
-        notes = run_probe(file, tmp_path / file.stem, *flags, ranks=ranks)
-        assert all(note["steps"] == 1024 // (ranks * 4 * 32) * 2 * 4 for note in notes)
-        ends.append([note["after"][-1] for note in notes])
-    assert all(torch.equal(mine, yours) for mine, yours in zip(*ends, strict=True))
-    assert not torch.equal(notes[0]["before"], notes[0]["after"][-1])
+    both = run_probes(*((file, tmp_path / file.stem, ranks) for file in (TORCH, FABRIC)), flags=flags)
+    for mine, yours in zip(*both, strict=True):
+        assert mine["steps"] == yours["steps"] == 1024 // (ranks * 4 * 32) * 2 * 4
+        assert torch.equal(mine["after"][-1], yours["after"][-1])
+        assert not torch.equal(mine["before"], mine["after"][-1])
 
 
 def test_the_coupled_twins_log_the_same(tmp_path):
@@ -168,13 +178,11 @@ def test_the_coupled_twins_log_the_same(tmp_path):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_one_player_and_one_trainer_end_with_the_bits_of_one_process(tmp_path, env_id):
     flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id]
-    ends = []
-    for file, ranks in ((TORCH, 1), (DECOUPLED, 2)):
-        (tmp_path / file.stem).mkdir()
-        ends.append(run_probe(file, tmp_path / file.stem, *flags, ranks=ranks)[-1])
-    for mine, yours in zip(ends[0]["after"], ends[1]["after"], strict=True):
+    both = run_probes(*((file, tmp_path / file.stem, n) for file, n in ((TORCH, 1), (DECOUPLED, 2))), flags=flags)
+    one, trainer = both[0][0], both[1][1]
+    for mine, yours in zip(one["after"], trainer["after"], strict=True):
         assert torch.equal(mine, yours)
-    assert ends[0]["steps"] == ends[1]["steps"] == 1024 // (4 * 32) * 2 * 4
+    assert one["steps"] == trainer["steps"] == 1024 // (4 * 32) * 2 * 4
     logs = [scalars(tmp_path / file.stem / "logs") for file in (TORCH, DECOUPLED)]
     assert logs[0] == {tag: points for tag, points in logs[1].items() if tag != "Info/policy_lag"}
     assert {value for _, value in logs[1]["Info/policy_lag"]} == {0}
@@ -202,10 +210,8 @@ def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
     """Two players, three trainers, 2 x 4 x 32 rows, which three does not divide."""
     switches = [*(["--share-data"] if share_data else []), *(["--overlap"] if overlap else [])]
     flags = [*SMALL, "--total-timesteps", 1024, "--num-players", 2, *switches]
-    runs = []
-    for folder in (tmp_path / "a", tmp_path / "b")[: 1 + overlap]:  # with overlap twice: it must not race
-        folder.mkdir()
-        runs.append(run_probe(DECOUPLED, folder, *flags, ranks=5)[2:])
+    folders = [tmp_path / "a", tmp_path / "b"][: 1 + overlap]  # with overlap twice: it must not race
+    runs = [notes[2:] for notes in run_probes(*((DECOUPLED, folder, 5) for folder in folders), flags=flags)]
     for iteration in range(4):
         for run_ in runs:  # the trainers agree, and the same command does the same
             for trainer in run_:
@@ -308,7 +314,10 @@ FEW = ("ChannelsFirst-MultiBinary", "Dict-MultiDiscrete")
 KINDS = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in PUZZLES]
 
 
-@pytest.mark.parametrize("file, ranks, trainers", [(TORCH, 2, 2), (FABRIC, 2, 2), (DECOUPLED, 3, 2)], **NAMES)
+FABRIC_TOO = pytest.param(FABRIC, 2, 2, marks=pytest.mark.slow)  # it ends with the torch file's bits
+
+
+@pytest.mark.parametrize("file, ranks, trainers", [(TORCH, 2, 2), FABRIC_TOO, (DECOUPLED, 3, 2)], **NAMES)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_space_is_learned_on_many_ranks(tmp_path, name, file, ranks, trainers):
     sizes = ["--num-envs", 8 // (ranks - trainers or 2), "--per-rank-batch-size", 64 // trainers]
@@ -377,14 +386,9 @@ def test_vector_environments_of_others(tmp_path, file, ranks, env_id, vec_env):
 
 BAD = {
     "unknown environment": ("--env-id NoSuch-v0", "NoSuch"),
-    "outdated environment": ("--env-id LunarLander-v2", "LunarLander-v3"),
-    "unknown module": ("--env-id no_such_module:Env-v0", "no_such_module"),
     "observation space": ("--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
     "small images": ("--env-id toy_envs:ImageObs-v0", "needs ResizeObservation"),
     "action space": ("--env-id toy_envs:TupleAction-v0", "wrappers.TransformAction"),
-    "no JSON": ("--env-kwargs gravity=1", "--env-kwargs gravity=1"),
-    "no JSON object": ("--env-kwargs [1]", "--env-kwargs [1]"),
-    "unknown keyword": ('--env-kwargs {"gravitas":1}', "gravitas"),
     "no such EnvPool environment": ("--env-id NoSuch-v0 --vec-env envpool", "NoSuch-v0"),
     "no such Atari game": ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
     "video of ALE": ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
@@ -393,23 +397,16 @@ BAD = {
         '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
         "take --clip-rewards and --episodic-life",
     ),
-    "missing file": ('--env-id HalfCheetah-v5 --env-kwargs {"xml_file":"/no.xml"}', "/no.xml"),
-    "hidden size": ("--hidden-sizes 64 0", "--hidden-sizes"),
-    "no vector version": ("--env-id Acrobot-v1 --vec-env native", "--vec-env native"),
     "zero updates": ("--total-timesteps 1000", "--total-timesteps 1000"),
     "batch": ("--per-rank-batch-size 513", "--per-rank-batch-size 513"),
     "negative size": ("--num-envs -1", "--num-envs"),
     "zero size": ("--num-steps 0", "--num-steps"),
-    "fraction": ("--gamma 1.5", "--gamma"),
-    "not a number": ("--learning-rate nan", "--learning-rate"),
     "no GPU": ("--cuda", "--cuda"),
     "NaN in the last observation": (
         "--env-id toy_envs:NanObs-v0 --num-steps 5 --per-rank-batch-size 4",
         "not finite: 8 observations, 0 rewards",
     ),
     "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
-    "seed": ("--seed 5000000000", "--seed"),
-    "deviation": ("--log-std-init inf", "--log-std-init"),
     "NaN observation": ("--env-id toy_envs:NanObs-v0", " observations, 0 rewards"),
     "NaN reward": ("--env-id toy_envs:NanReward-v0", ": 0 observations, "),
 }
@@ -421,7 +418,6 @@ BAD_FOR_FABRIC = {
     "unknown environment": ([], "--env-id NoSuch-v0", "NoSuch"),
     "zero updates": ([], "--total-timesteps 1000", "--total-timesteps 1000"),
     "negative size": ([], "--num-envs -1", "--num-envs"),
-    "zero size": ([], "--num-steps 0", "--num-steps"),
     "batch": ([], "--per-rank-batch-size 513", "--per-rank-batch-size 513"),
     "observation space": ([], "--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
     "NaN observation": ([], "--env-id toy_envs:NanObs-v0", " observations, 0 rewards"),
