@@ -64,6 +64,8 @@ class Args:
     """runs of each contender"""
     total_timesteps: int = 51_200
     """environment steps of a run"""
+    contenders: tuple[str, ...] = ()
+    """the contenders to compare (default: all); the fewer, the nearer in time are the runs that make a ratio"""
     warmup: int = 20
     """iterations before the clock starts"""
     results: Path = ROOT / "benchmarks" / "results" / "throughput.jsonl"
@@ -86,6 +88,7 @@ def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> flo
 
 def main(args: Args) -> None:
     workload_flags, contenders = WORKLOADS[args.workload]
+    contenders = args.contenders or contenders
     flags = [*workload_flags.split(), "--total-timesteps", str(args.total_timesteps)]
     figures = {name: [] for name in contenders}
     for repeat in range(args.repeats):
