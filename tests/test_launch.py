@@ -87,7 +87,7 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
     args = ppo.Args(num_steps=64, per_rank_batch_size=64, update_epochs=2, share_data=True)
     agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([ppo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     generator = torch.Generator().manual_seed(np.random.SeedSequence(1).generate_state(4).tolist()[1])
     for iteration, (batch, after) in enumerate(zip(first["batches"], first["after"], strict=True)):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / len(first["after"]))
