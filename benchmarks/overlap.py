@@ -110,9 +110,14 @@ def main(args: Args) -> None:
             file.write(json.dumps(rows[-1]) + "\n")
     plot(rows)
     for env_id in ENVIRONMENTS:
-        for overlap in (False, True):
-            values = [row["greedy_return"] for row in rows if (row["env_id"], row["overlap"]) == (env_id, overlap)]
-            print(f"{env_id}, overlap {overlap}: greedy {np.mean(values):.1f} +- {np.std(values):.1f} {values}")
+        for name in ("greedy return at the end", "mean return over the run"):
+            values = {overlap: [] for overlap in (False, True)}
+            for row in [row for row in rows if row["env_id"] == env_id]:
+                mean = round(float(np.mean([value for _, value in row["curve"]])), 1)
+                values[row["overlap"]].append(row["greedy_return"] if name.startswith("greedy") else mean)
+            p = scipy.stats.ttest_ind(values[False], values[True], equal_var=False).pvalue
+            print(f"{env_id}, {name}: {np.mean(values[False]):.1f} without --overlap {values[False]}, ")
+            print(f"    {np.mean(values[True]):.1f} with {values[True]}, Welch's test: p = {p:.2f}")
 
 
 if __name__ == "__main__":

@@ -72,33 +72,42 @@ class Args:
     """file that the rows are appended to"""
 
 
-def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> float:
-    """Steps per second of one run: the peer prints them, a shipped file's are read off its TensorBoard events."""
+def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> tuple[float, dict[str, float]]:
+    """Steps per second of one run, and the medians of its `Time/` points in milliseconds.
+
+    The peer prints the former and has none of the latter, a shipped file's are read off its TensorBoard events.
+    """
     command = [*launcher, str(ROOT / file), *flags]
     if file == "benchmarks/peer_sb3.py":
         command += ["--warmup", str(args.warmup)]
-        return float(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
+        return float(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout), {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*command, "--eval-episodes", "0"], cwd=folder, check=True, capture_output=True)
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
-        points = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars("Time/step_per_second")
-    start, end = points[args.warmup - 1], points[-1]
-    return (end.step - start.step) / (end.wall_time - start.wall_time)
+        accumulator = EventAccumulator(events, size_guidance={"scalars": 0}).Reload()
+    points = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"] if tag.startswith("Time/")}
+    speeds = points.pop("Time/step_per_second")
+    start, end = speeds[args.warmup - 1], speeds[-1]
+    times = {tag: 1e3 * statistics.median(x.value for x in xs[args.warmup :]) for tag, xs in points.items()}
+    return (end.step - start.step) / (end.wall_time - start.wall_time), times
 
 
 def main(args: Args) -> None:
     workload_flags, contenders = WORKLOADS[args.workload]
     contenders = args.contenders or contenders
+    if unknown := set(contenders) - set(CONTENDERS):
+        raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
     flags = [*workload_flags.split(), "--total-timesteps", str(args.total_timesteps)]
-    figures = {name: [] for name in contenders}
+    figures, times = {name: [] for name in contenders}, {}
     for repeat in range(args.repeats):
         for name in contenders:
             launcher, file, extra = CONTENDERS[name]
-            figures[name].append(measure(launcher, file, [*flags, *extra], args))
+            speed, times[name] = measure(launcher, file, [*flags, *extra], args)
+            figures[name].append(speed)
             print(f"{repeat + 1}/{args.repeats} {name}: {figures[name][-1]:.0f} steps/s", flush=True)
 
     packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
-    one_process = statistics.median(figures["torch, 1 process"])
+    one_process = statistics.median(figures.get("torch, 1 process", [math.nan]))
     peer = statistics.median(figures.get("Stable-Baselines3, 1 process", [math.nan]))
     args.results.parent.mkdir(parents=True, exist_ok=True)
     print("\n| contender | steps/s, median | lowest | highest | times torch, 1 process | times SB3 |")
@@ -112,7 +121,8 @@ def main(args: Args) -> None:
                 "command": " ".join([Path(launcher[0]).name, *launcher[1:], file_name, *flags, *extra]),
                 "steps_per_second": [round(value, 1) for value in values],
                 "median": round(statistics.median(values), 1),
-                "times_one_process": round(statistics.median(values) / one_process, 3),
+                "times_one_process": round(statistics.median(values) / one_process, 3) if one_process > 0 else None,
+                "milliseconds_of_last_run": {tag: round(value, 2) for tag, value in times[name].items()},
                 "times_sb3": round(statistics.median(values) / peer, 3) if peer == peer else None,
                 "date": time.strftime("%Y-%m-%d"),
                 "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
@@ -121,8 +131,10 @@ def main(args: Args) -> None:
                 "cpu": cpu_model(),
             }
             file.write(json.dumps(row) + "\n")
-            ratios = f"{row['times_one_process']:.2f} | {row['times_sb3'] or '-'}"
+            ratios = f"{row['times_one_process'] or '-'} | {row['times_sb3'] or '-'}"
             print(f"| {name} | {row['median']:.0f} | {min(values):.0f} | {max(values):.0f} | {ratios} |")
+    for name, values in times.items():
+        print(f"{name}, ms per iteration: " + ", ".join(f"{tag[5:]} {value:.1f}" for tag, value in values.items()))
 
 
 def cpu_model() -> str:

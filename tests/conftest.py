@@ -1,3 +1,5 @@
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,8 +9,21 @@ import torch
 # the files are scripts, not a package: what a test imports it takes from the repository's root and from here
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+from launch import Command  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     """The same draws in every run of the tests: one that fails, fails again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def reaped():
+    """A test that fails before it has waited for all its commands leaves no process behind."""
+    yield
+    for command in Command.started:
+        for pid in command.pids() if command.process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+        command.process.wait()
+    Command.started.clear()

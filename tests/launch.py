@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -35,6 +36,8 @@ def fabric_run(ranks: int, *options: str) -> list:
 class Command:
     """A running command whose descendants, in whatever session, are known by a mark in their environment."""
 
+    started: ClassVar[list["Command"]] = []  # conftest.py kills what a failing test has left
+
     def __init__(self, command: list, cwd: Path, **env: str):
         self.mark = f"TEST_COMMAND={uuid.uuid4()}"
         env = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""} | env
@@ -43,6 +46,7 @@ class Command:
             list(map(str, command)), cwd=cwd, env=env, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        Command.started.append(self)
 
     def pids(self) -> list[int]:
         """The processes of this command that are alive."""

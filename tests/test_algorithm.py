@@ -1,6 +1,7 @@
 """The shipped functions against references that share no code with them."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import tyro
 from torch.distributions import Categorical, Normal
 
+import ppo_fabric
 import ppo_fabric_decoupled as decoupled
 import ppo_torch_ddp as ppo
 from probe import probe
@@ -79,8 +81,9 @@ def test_loss_is_that_of_plain_numpy(clip_vloss, ent_coef):
         mb["weights"] = mb["valid"] / mb["valid"].sum()
         new = mb["log_probs"] + rng.normal(size=64) * 0.4, rng.random(64), mb["values"] + rng.normal(size=64) * 0.4
         ratio = np.exp(new[0] - mb["log_probs"])
-        for sign in (-1, 1):  # both clips act, with advantages of both signs
-            assert ((ratio > 1.2) & (sign * mb["advantages"] > 0)).any() and (ratio < 0.8).any()
+        for sign in (-1, 1):  # ratios outside the range on both sides, where the clip acts and where it does not
+            assert ((ratio > 1.2) & (sign * mb["advantages"] > 0)).any()
+            assert ((ratio < 0.8) & (sign * mb["advantages"] > 0)).any()
         loss, means = ppo.ppo_loss(
             *map(torch.from_numpy, new), {name: torch.from_numpy(x) for name, x in mb.items()}, args
         )
@@ -263,6 +266,34 @@ def test_reset_rows_are_marked_and_counted_nowhere(vec_env):
     assert not any(rollout["terminated"].any() for rollout, _ in results)
 
 
+@pytest.mark.parametrize("vec_env", ["native", "envpool"])
+def test_vector_environments_of_others_reset_in_the_next_step(vec_env):
+    """CartPole pays 1 for each step and nothing for a reset: a return is a length, and a count of valid rows."""
+    _, results = collect("CartPole-v1", num_steps=50, rollouts=4, num_envs=3, vec_env=vec_env)
+    rows = {name: torch.cat([rollout[name] for rollout, _ in results]) for name in ("valid", "dones", "rewards")}
+    assert torch.equal(~rows["valid"][1:], rows["dones"][:-1]) and rows["valid"][0].all()
+    assert torch.equal(rows["rewards"], rows["valid"].float())
+    episodes = [episode for _, ended in results for episode in ended]
+    assert len(episodes) == rows["dones"].sum() > 10
+    for env in range(3):
+        ends = rows["dones"][:, env].nonzero().flatten()
+        lengths = rows["valid"][:, env].cumsum(0)[ends].diff(prepend=torch.tensor([0])).tolist()
+        assert all((length, length) in episodes for length in lengths)
+
+
+@pytest.mark.parametrize("env_id, vec_env", [("ALE/SpaceInvaders-v5", "native"), ("SpaceInvaders-v5", "envpool")])
+def test_returns_of_atari_are_true_and_of_whole_games(env_id, vec_env):
+    """Training sees clipped rewards and an end with each lost life; the reported returns know neither."""
+    flags = {"vec_env": vec_env, "clip_rewards": True, "episodic_life": True}
+    small = '{"img_height": 42, "img_width": 42}'
+    _, [(rollout, episodes)] = collect(env_id, num_steps=700, env_kwargs=small, **flags)
+    assert rollout["raw_rewards"].max() > 1 == rollout["rewards"].max()
+    assert 0 < len(episodes) < rollout["dones"].sum()
+    sums = rollout["raw_rewards"].cumsum(0)
+    first_games = [sums[rollout["dones"][:, env], env].tolist() for env in range(2)]
+    assert any(episodes[0][0] in returns for returns in first_games)
+
+
 def test_the_row_after_a_truncation_holds_the_last_observation():
     _, [(rollout, _)] = collect("toy_envs:Terminated-v0", num_steps=25)
     obs, ends = rollout["obs"][:, 0, 0], rollout["dones"][:, 0].nonzero().flatten()
@@ -359,6 +390,33 @@ def test_target_kl_ends_the_update(run_main):
     steps = 10 * 8  # 10 epochs of 8 minibatches
     assert run_main(total_timesteps=512, eval_episodes=0)["steps"] == steps
     assert run_main(total_timesteps=512, eval_episodes=0, target_kl=1e-6)["steps"] == 8
+
+
+@pytest.mark.parametrize("module", [ppo, ppo_fabric, decoupled], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("others_kl, target_kl, epochs", [(1e3, 10.0, 1), (-1e3, 1e-9, 3)])
+def test_target_kl_is_of_all_ranks(monkeypatch, module, others_kl, target_kl, epochs):
+    """One of two ranks stops after the first epoch although it is below the limit, or goes on although it is above."""
+
+    def add_others(approx_kl: torch.Tensor) -> torch.Tensor:
+        return approx_kl.add_(others_kl)
+
+    fabric = SimpleNamespace(global_rank=0, world_size=2, backward=lambda loss: loss.backward())
+    fabric.all_reduce = lambda approx_kl: add_others(approx_kl) / 2
+    fabric.clip_gradients = lambda *_, **__: torch.tensor(0.0)
+    group = SimpleNamespace(rank=0, world_size=2, all_reduce=add_others)
+    ranks = {ppo: (0, 2), ppo_fabric: (fabric,), decoupled: (group,)}[module]
+    monkeypatch.setattr(ppo.dist, "all_reduce", add_others)
+
+    args = module.Args(target_kl=target_kl, update_epochs=3, per_rank_batch_size=32)
+    agent = module.Agent(VECTOR, gym.spaces.Discrete(2), args)
+    flat = module.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([flat], lr=1e-3)
+    obs, actions = torch.randn(64, *agent.obs_shape), torch.randint(2, (64, 1))
+    log_probs, _, values = (x.detach() for x in agent(obs, actions))
+    batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values, "returns": torch.randn(64)}
+    batch |= {"advantages": torch.randn(64), "valid": torch.ones(64, dtype=torch.bool)}
+    module.update(agent, optimizer, batch, args, torch.Generator().manual_seed(0), *ranks)
+    assert optimizer.state[flat]["step"] == 2 * epochs
 
 
 def test_evaluation_is_greedy_and_of_whole_episodes():

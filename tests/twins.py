@@ -3,8 +3,8 @@
     python tests/twins.py          # say what differs, exit 1 if anything does
     python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write the README's table of the diff
 
-A definition is a top-level function or class, but for `Args` each of its members with its help string. One that two
-files share has to be byte-identical and in the same order, or be listed in MAY_DIFFER with the reason.
+A definition is a top-level function, class or name, but for `Args` each of its members with its help string. One that
+two files share has to be byte-identical and in the same order, or be listed in MAY_DIFFER with the reason.
 """
 
 import ast
@@ -51,6 +51,8 @@ def definitions(source: str) -> dict[str, tuple[int, int]]:
             for member in node.body:  # a field's help is the comment on its line
                 name = member.target.id if isinstance(member, ast.AnnAssign) else member.name
                 slices[f"Args.{name}"] = (member.lineno - 1, member.end_lineno)
+        elif isinstance(node, ast.Assign):
+            slices[ast.unparse(node.targets[0])] = (node.lineno - 1, node.end_lineno)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             slices[node.name] = (first - 1, node.end_lineno)
