@@ -365,11 +365,23 @@ def test_values_bootstrap_from_truncation_and_not_from_termination(run_main):
         ("--log-std-init inf", "--log-std-init"),
         ("--seed 5000000000", "--seed"),
         ("--update-epochs 0", "--update-epochs"),
+        ("--env-id toy_envs:ImageObs-v0", "needs ResizeObservation"),
+        ("--env-id toy_envs:TupleAction-v0", "wrappers.TransformAction"),
+        ("--env-id NoSuch-v0 --vec-env envpool", "NoSuch-v0"),
+        ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
+        ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
+        ("--vec-env envpool --capture-video", "--vec-env sync for --capture-video"),
+        (
+            '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
+            "take --clip-rewards and --episodic-life",
+        ),
     ],
 )
 def test_bad_arguments_are_named_in_one_line(flags, said):
     with pytest.raises(SystemExit, match=f"error: [^\n]*{said}"):
-        ppo.make_envs(tyro.cli(ppo.Args, args=flags.split()), 1, 0)
+        args = tyro.cli(ppo.Args, args=flags.split())
+        envs, _ = ppo.make_envs(args, 1, 0)
+        ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
 
 
 def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):

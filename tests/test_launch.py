@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -407,16 +406,6 @@ def test_vector_environments_of_others(tmp_path, file, ranks, env_id, vec_env):
 BAD = {
     "unknown environment": ("--env-id NoSuch-v0", "NoSuch"),
     "observation space": ("--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
-    "small images": ("--env-id toy_envs:ImageObs-v0", "needs ResizeObservation"),
-    "action space": ("--env-id toy_envs:TupleAction-v0", "wrappers.TransformAction"),
-    "no such EnvPool environment": ("--env-id NoSuch-v0 --vec-env envpool", "NoSuch-v0"),
-    "no such Atari game": ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
-    "video of ALE": ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
-    "video of EnvPool": ("--vec-env envpool --capture-video", "--vec-env sync for --capture-video"),
-    "episodic life of ALE": (
-        '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
-        "take --clip-rewards and --episodic-life",
-    ),
     "zero updates": ("--total-timesteps 1000", "--total-timesteps 1000"),
     "batch": ("--per-rank-batch-size 513", "--per-rank-batch-size 513"),
     "negative size": ("--num-envs -1", "--num-envs"),
@@ -464,17 +453,12 @@ BAD_FOR_DECOUPLED = {
 }
 
 
-@cache
-def start_up_seconds() -> float:
-    """What this machine takes now to start a launcher and four ranks, which parse their arguments and end."""
-    start_time = time.monotonic()
-    run([*fabric_run(4), DECOUPLED, "--help"], cwd=TESTS)
-    return time.monotonic() - start_time
-
-
 def fails_with_one_line(command: list, folder: Path, said: str) -> None:
-    """An end within 10 s of start-up, no process left, a status that is not 0, one message instead of a traceback."""
-    status, output = Command(command, cwd=folder).finish(timeout=start_up_seconds() + 10)
+    """An end soon, no process left, a status that is not 0, and one message instead of a traceback.
+
+    Soon is 3 to 9 s, nearly all of them start-up, on an idle machine of two cores, and four times that on a busy one.
+    """
+    status, output = Command(command, cwd=folder).finish(timeout=40)
     assert status != 0
     lines = re.findall(r"error: .*", output)
     shortest = min(lines, key=len)
