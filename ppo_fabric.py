@@ -106,29 +106,31 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     """
     spaces, wrappers, video = gym.spaces, gym.wrappers.vector, {"render_mode": "rgb_array"} if video_dir else {}
     finite = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    vectorized, atari = args.vec_env in ("native", "envpool"), args.env_id.startswith("ALE/")
+    vectorized, atari = args.vec_env in ("native", "envpool"), "ALE/" in args.env_id
     try:
         kwargs = dict(**json.loads(args.env_kwargs))
         if vectorized and kwargs.keys() & {"reward_clipping", "reward_clip", "life_loss_info", "episodic_life"}:
             raise ValueError("take --clip-rewards and --episodic-life, which leave the reported returns alone")
         if args.capture_video and vectorized and (atari or args.vec_env == "envpool"):
             raise ValueError("it does not render: take --vec-env sync for --capture-video")
-        env_id = f"ale_py:{args.env_id}" if atari else args.env_id  # the module that registers them
+        if args.episodic_life and atari and not vectorized:
+            raise ValueError("take --vec-env native for --episodic-life")
+        env_id = f"ale_py:{args.env_id}" if args.env_id.startswith("ALE/") else args.env_id  # what registers them
         if args.vec_env == "envpool":
-            kwargs |= {"episodic_life": True} if args.episodic_life else {}
-            envs = import_module("envpool").make_gymnasium(env_id, num_envs=num_envs, seed=seed, **kwargs)
+            make, life = import_module("envpool").make_gymnasium, {"episodic_life": True} if args.episodic_life else {}
+            envs = gym.vector.VectorWrapper(make(env_id, num_envs=num_envs, seed=seed, **life, **kwargs))
+            envs.observation_space = gym.vector.utils.batch_space(envs.single_observation_space, num_envs)
         elif args.vec_env == "native":
             # its own episodic_life would start a new game with each life
             kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life} if atari else {}
             envs = gym.make_vec(env_id, num_envs, "vector_entry_point", **video, **kwargs)
+            envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True) if video_dir else envs
         else:
             vectorize = gym.vector.AsyncVectorEnv if args.vec_env == "async" else gym.vector.SyncVectorEnv
             makers = [partial(gym.make, env_id, **kwargs)] * num_envs
             if video_dir:
                 makers[0] = lambda: gym.wrappers.RecordVideo(gym.make(env_id, **video, **kwargs), video_dir)
             envs = vectorize(makers)
-        if video_dir and args.vec_env == "native":
-            envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True)
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -273,9 +275,9 @@ class Agent(nn.Module):
 
 
 def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """What N environments are stepped with for actions (N, A): Box within its bounds, others from `start` on."""
+    """What N environments are stepped with for actions (N, A): Box within its bounds, NaN too; others from `start`."""
     a = actions.numpy().reshape(-1, *space.shape)
-    a = a.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else a + getattr(space, "start", 0)
+    a = np.fmin(np.fmax(a, space.low), space.high) if hasattr(space, "low") else a + getattr(space, "start", 0)
     return a.astype(space.dtype, copy=False)
 
 
@@ -303,9 +305,9 @@ def collect_rollout(
 
     Returns the rollout on the model's device and the returns and lengths of the episodes that ended. `rewards`,
     `terminated`, `dones` (an episode ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs`, `values` have a
-    row more, of which only the value counts. `valid` is False where an environment was reset, not stepped: that row is
-    no experience. NEXT_STEP autoreset makes `obs[t + 1]` the true last observation of an episode that ended at t, so
-    that a truncated one bootstraps from `values[t + 1]`. The normalisers see `raw_obs` and `discounted_returns`.
+    row more, of which only the value counts. `valid` is False where an environment was reset, not stepped. NEXT_STEP
+    autoreset makes `obs[t + 1]` the true last observation of an episode that ended at t: a truncated one bootstraps
+    from `values[t + 1]`.
     """
     obs, dones, device = storage["obs"], storage["dones"], next(agent.parameters()).device
     obs[0], dones[0] = obs[-1], dones[-1]
@@ -399,6 +401,7 @@ def shuffle(batch: Tensors, num_minibatches: int, generator: Generator, part: in
 
 def flatten_parameters(agent: Agent) -> nn.Parameter:
     """A vector of all parameters, (P,), that they become views of; so do their gradients: 10% faster updates."""
+    # last of all: a later agent.to(device), or a new parameter, is not in the vector, and no optimizer sees it
     flat = nn.Parameter(nn.utils.parameters_to_vector(agent.parameters()).detach())
     flat.grad = torch.zeros_like(flat)
     nn.utils.vector_to_parameters(flat.data, agent.parameters())
@@ -455,10 +458,8 @@ def pack(batch: Tensors) -> Tensor:
 def unpack(packed: Tensor, like: Tensors) -> Tensors:
     """The inverse of `pack` for any number of rows, with the names, types and row shapes of `like`."""
     columns = packed.split([tensor[0].numel() * tensor.element_size() for tensor in like.values()], dim=1)
-    return {
-        name: column.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(-1, *tensor.shape[1:])
-        for (name, tensor), column in zip(like.items(), columns, strict=True)
-    }
+    rows = [column.clone(memory_format=torch.contiguous_format) for column in columns]
+    return {n: r.view(t.dtype).view(-1, *t.shape[1:]) for (n, t), r in zip(like.items(), rows, strict=True)}
 
 
 @torch.inference_mode()
@@ -517,8 +518,7 @@ def main(args: Args) -> None:
     # logs
     if rank == 0:
         writer = fabric.logger.experiment
-        rows = [("flag", "value"), ("-", "-"), *vars(args).items()]
-        writer.add_text("hyperparameters", "".join(f"|{flag}|{value}|\n" for flag, value in rows))
+        writer.add_text("hyperparameters", "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items()))
         progress = tqdm(total=num_iterations * rollout_size, unit="step", disable=not sys.stderr.isatty())
     global_step, mean_return, test_return = 0, math.nan, math.nan
 

@@ -182,6 +182,9 @@ def test_actions_reach_the_environment_within_its_space():
     stepped = ppo.to_env(torch.tensor([[-3.0, -3.0], [0.5, 3.0]]), box)
     np.testing.assert_array_equal(stepped, [[-1, -2], [0.5, 0.5]])
     assert stepped.dtype == np.float64
+    assert (
+        ppo.to_env(torch.full((1, 2), torch.nan), box)[0] in box
+    )  # the rollout's counts tell of it, not the simulator
     assert ppo.to_env(torch.tensor([[0], [2]]), gym.spaces.Discrete(3, start=-1)).tolist() == [-1, 1]
     grid = gym.spaces.Box(-1, 1, (2, 3))
     assert ppo.to_env(torch.arange(12.0).view(2, 6), grid).shape == (2, 2, 3)
@@ -281,7 +284,15 @@ def test_vector_environments_of_others_reset_in_the_next_step(vec_env):
         assert all((length, length) in episodes for length in lengths)
 
 
-@pytest.mark.parametrize("env_id, vec_env", [("ALE/SpaceInvaders-v5", "native"), ("SpaceInvaders-v5", "envpool")])
+def test_discrete_observations_of_envpool_are_flattened():
+    _, [(rollout, _)] = collect("FrozenLake-v1", num_steps=20, vec_env="envpool")
+    assert rollout["obs"].shape == (21, 2, 16) and (rollout["obs"].sum(-1) == 1).all()
+
+
+ATARI = [("ale_py:ALE/SpaceInvaders-v5", "native"), ("SpaceInvaders-v5", "envpool")]
+
+
+@pytest.mark.parametrize("env_id, vec_env", ATARI)
 def test_returns_of_atari_are_true_and_of_whole_games(env_id, vec_env):
     """Training sees clipped rewards and an end with each lost life; the reported returns know neither."""
     flags = {"vec_env": vec_env, "clip_rewards": True, "episodic_life": True}
@@ -371,6 +382,7 @@ def test_values_bootstrap_from_truncation_and_not_from_termination(run_main):
         ("--env-id ALE/Pang-v5 --vec-env native", "Pang"),
         ("--env-id ALE/Pong-v5 --vec-env native --capture-video", "--capture-video"),
         ("--vec-env envpool --capture-video", "--vec-env sync for --capture-video"),
+        ("--env-id ALE/Pong-v5 --episodic-life", "--vec-env native for --episodic-life"),
         (
             '--env-id ALE/Breakout-v5 --vec-env native --env-kwargs {"episodic_life":true}',
             "take --clip-rewards and --episodic-life",

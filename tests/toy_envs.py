@@ -42,11 +42,12 @@ class Diary(OneAStep):
 class Broken(OneAStep):
     """Goes wrong at its fifth step: a NaN in the observation or the reward, or an exception on rank 1."""
 
-    def __init__(self, how: str):
+    def __init__(self, how: str, action_space: gym.Space = OneAStep.action_space):
         super().__init__()
-        self.how = how
+        self.how, self.action_space = how, action_space
 
     def step(self, action):
+        assert action in self.action_space, action
         obs, reward, terminated, truncated, info = super().step(action)
         if self.steps == 5 and self.how == "raises on rank 1" and os.environ["RANK"] == "1":
             raise RuntimeError("the simulator broke")
@@ -124,6 +125,7 @@ gym.register("Terminated-v0", OneAStep)
 gym.register("Truncated-v0", OneAStep, kwargs={"timeless": True, "terminates": False})
 gym.register("Diary-v0", Diary)
 gym.register("NanObs-v0", Broken, kwargs={"how": "obs"})
+gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.spaces.Box(-2, 2, (2,))})
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("RaisesOnRank1-v0", Broken, kwargs={"how": "raises on rank 1"})
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
