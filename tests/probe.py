@@ -2,8 +2,9 @@
 
 FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as one vector, before the first and after
 each update), `batches` (what each update was given), `received` (with overlap, the same before `recenter`), `steps`
-(the optimiser's count of steps after the last), `state` (the agent's state_dict at the end), `normalised` (by their
-size, the rows that the normalisers took in).
+(the optimiser's count of steps after the last), `state` (the agent's state_dict at the end), `cpus` (that the rank may
+use), `normalised` (by their size, the rows that the normalisers took in). On rank $BREAKS the third update raises an
+exception.
 """
 
 import importlib.util
@@ -33,6 +34,8 @@ def probe(module) -> dict:
     def noting_update(model, optimizer, batch, *rest):
         if notes["before"] is None:
             notes["before"] = vector(model)
+        if len(notes["after"]) == 2 and "BREAKS" in os.environ and os.environ["BREAKS"] == os.environ["RANK"]:
+            raise RuntimeError("the update broke")
         notes["batches"].append({name: tensor.clone() for name, tensor in batch.items()})
         result = update(model, optimizer, batch, *rest)
         notes["after"].append(vector(model))
@@ -65,5 +68,6 @@ if __name__ == "__main__":
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))
     notes.pop("model", None)
+    notes["cpus"] = sorted(os.sched_getaffinity(0))
     notes["state"] = notes.pop("agent").state_dict()
     torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))
