@@ -44,7 +44,7 @@ class Args:
     exp_name: str = "ppo"  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of the parameters, the environments, the actions and the shuffling
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
-    capture_video: bool = False  # record rank 0's first environment, and the evaluation, under the run's folder
+    capture_video: bool = False  # record the first environment of rank 0, and of the evaluation, under the run's folder
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
     # environment
@@ -98,11 +98,10 @@ class Args:
 
 
 def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, np.ndarray]:
-    """Make a vector of environments, the place to plug in your own; reset environment i with `seed + i`.
+    """Make a vector of environments, the place to plug in your own, and reset it with `seed`.
 
-    Its autoreset mode must be NEXT_STEP: the step after an episode's end ignores the action, returns reward 0 and the
-    first observation of the next episode. With `episodic_life` the next episode goes on in the same game, if any of its
-    `info["lives"]` are left. With `video_dir`, the first environment's episodes are recorded there.
+    Its autoreset mode must be NEXT_STEP: a step after an episode's end ignores the action, pays 0 and begins the next,
+    with `episodic_life` in the same game while `info["lives"]` are left. The first one's videos go to `video_dir`.
     """
     spaces, wrappers, video = gym.spaces, gym.wrappers.vector, {"render_mode": "rgb_array"} if video_dir else {}
     finite = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -275,9 +274,9 @@ class Agent(nn.Module):
 
 
 def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """What N environments are stepped with for actions (N, A): Box within its bounds, NaN too; others from `start`."""
-    a = actions.numpy().reshape(-1, *space.shape)
-    a = np.fmin(np.fmax(a, space.low), space.high) if hasattr(space, "low") else a + getattr(space, "start", 0)
+    """What N environments are stepped with for actions (N, A): Box within its bounds, no NaN; others from `start`."""
+    a = actions.nan_to_num().numpy().reshape(-1, *space.shape)
+    a = a.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else a + getattr(space, "start", 0)
     return a.astype(space.dtype, copy=False)
 
 
@@ -304,10 +303,9 @@ def collect_rollout(
     """Step the environments T times with the actor alone; then pass all rows through the model that is trained.
 
     Returns the rollout on the model's device and the returns and lengths of the episodes that ended. `rewards`,
-    `terminated`, `dones` (an episode ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs`, `values` have a
-    row more, of which only the value counts. `valid` is False where an environment was reset, not stepped. NEXT_STEP
-    autoreset makes `obs[t + 1]` the true last observation of an episode that ended at t: a truncated one bootstraps
-    from `values[t + 1]`.
+    `terminated`, `dones` (one ended at t) and `valid` are (T, N); `obs`, `actions`, `log_probs` and `values` have a row
+    more, of which only the value counts. `valid` is False where an environment was reset, not stepped. With NEXT_STEP
+    autoreset `obs[t + 1]` is the last of an episode that ended at t: a truncated one bootstraps from `values[t + 1]`.
     """
     obs, dones, device = storage["obs"], storage["dones"], next(agent.parameters()).device
     obs[0], dones[0] = obs[-1], dones[-1]
@@ -472,9 +470,11 @@ def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) 
         obs = torch.as_tensor(obs).reshape(-1, *agent.obs_shape).to(next(agent.parameters()).device, agent.obs_dtype)
         actions = agent.act(agent.normalize(obs)).cpu()
         obs, rewards, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
-        returns += rewards * running
+        returns += np.where(running, rewards, 0.0)
         running &= ~(truncated | (terminated & (not args.episodic_life or info.get("lives", 0) == 0)))
     envs.close()
+    if not np.isfinite(returns).all():
+        raise SystemExit(f"error: evaluation: {(~np.isfinite(returns)).sum()} returns are not finite")
     return returns
 
 
