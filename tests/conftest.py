@@ -1,5 +1,3 @@
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -23,7 +21,5 @@ def reaped():
     """A test that fails before it has waited for all its commands leaves no process behind."""
     yield
     for command in Command.started:
-        for pid in command.pids() if command.process.poll() is None else ():
-            os.kill(pid, signal.SIGKILL)
-        command.process.wait()
+        command.kill()
     Command.started.clear()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,6 +60,13 @@ class Command:
                 pass  # it ended meanwhile
         return pids
 
+    def kill(self) -> None:
+        """Kill what is alive of it."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
     def finish(self, timeout: float = 60) -> tuple[int, str]:
         """Exit status and output. Every process has to be gone when the command is; what is not is killed."""
         output = ""
@@ -70,9 +78,7 @@ class Command:
         except subprocess.TimeoutExpired as error:
             output, left = (error.stdout or b"").decode(errors="replace"), self.pids()
         finally:
-            for pid in self.pids():
-                os.kill(pid, signal.SIGKILL)
-            self.process.wait()
+            self.kill()
         assert not left, f"processes {left} were still there after {timeout} s:\n{output}"
         return self.process.returncode, output
 

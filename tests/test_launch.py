@@ -277,10 +277,14 @@ def assert_acted(notes: dict, batches: list[dict], lag: int) -> None:
 
 @pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
 def test_training_ranks_stop_together_on_target_kl(tmp_path, file, ranks):
-    notes = run_probe(file, tmp_path, *SMALL, "--total-timesteps", 512, "--target-kl", 1e-9, ranks=ranks)[-2:]
+    flags = [*SMALL, "--total-timesteps", 512, "--target-kl", 1e-9, "--env-id", "toy_envs:Truncated-v0"]
+    notes = run_probe(file, tmp_path, *flags, ranks=ranks)[-2:]
     minibatches = 4 * 32 // 32 if file != DECOUPLED else 4 * 32 // 2 // 32
     for note in notes:  # the first epoch of each update and no more
         assert note["steps"] == len(note["after"]) * minibatches and len(note["after"]) >= 2
+    first, second = (note["batches"][0] for note in notes)
+    assert torch.equal(first["obs"], second["obs"])  # constants: only the ranks' noise can make their actions differ
+    assert file == DECOUPLED or not torch.equal(first["actions"], second["actions"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -337,6 +341,14 @@ def test_a_lone_copy_runs_and_makes_videos(tmp_path, file, env_id, vec_env):
 def test_the_default_command_learns_cartpole(tmp_path):
     output = run([*torchrun(2), TORCH], cwd=tmp_path, timeout=240)
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= 475, output
+    lines = re.findall(r"^step \d+ of 99328: return [\d.]+, \d+ steps/s$", output, re.MULTILINE)
+    assert len(lines) == 97 // (97 // 20)  # of 97 iterations, where the output is no terminal
+    (events,) = {path.parent for path in tmp_path.rglob("events.*")}
+    log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    assert log.Scalars("hp_metric")[-1].value >= 475 and "hyperparameters/text_summary" in log.Tags()["tensors"]
+    names = ("Time/rollout", "Time/communication", "Time/update")
+    for *parts, speed in zip(*map(log.Scalars, (*names, "Time/step_per_second")), strict=True):
+        assert 0.8 * 1024 < sum(part.value for part in parts) * speed.value <= 1024.5  # less its reset rows
 
 
 FEW = ("ChannelsFirst-MultiBinary", "Float64-Box")
@@ -468,7 +480,7 @@ BAD_FOR_DECOUPLED = {
 
 
 def cases(names: Iterable[str], *fast: str) -> list:
-    """All are run with `-m slow` added; of those that differ in nothing but the flag that is refused, few are fast."""
+    """All names, those not in `fast` marked as slow: they differ from a fast one in nothing but what is refused."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
