@@ -480,7 +480,7 @@ BAD_FOR_DECOUPLED = {
 
 
 def cases(names: Iterable[str], *fast: str) -> list:
-    """All names, those not in `fast` marked as slow: they differ from a fast one in nothing but what is refused."""
+    """All names, those not in `fast` marked as slow: a launcher takes seconds to start, and they are many."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
