@@ -4,18 +4,21 @@
     python benchmarks/throughput.py
     python benchmarks/throughput.py --workload lunarlander
 
-One thread a process. Machines are shared and noisy, so the contenders take turns and
-what counts is the ratio of the medians. A steps-per-second figure is environment steps (reset rows left out) over wall
-time, from the end of iteration `--warmup` to the end of the last: logging is in it, starting up is not.
+One thread a process. Machines are shared and noisy, and their speed changes from second to second. So the contenders
+of a race run side by side but never together: each in turn goes on for `--turn` seconds while the others are stopped by
+signals. What counts is the ratio of two contenders in the same race, and of several races the median. A
+steps-per-second figure is environment steps (reset rows left out) over the time that the contender was let run, from
+when all have started up to when the first ends: logging is in it, starting up is not.
 Rows go to benchmarks/results/throughput.jsonl.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,35 +65,96 @@ class Args:
     workload: Literal["cartpole", "lunarlander"] = "cartpole"
     """CleanRL's CartPole setting, or LunarLander-v3 with 6 epochs"""
     repeats: int = 5
-    """runs of each contender"""
+    """races"""
     total_timesteps: int = 51_200
     """environment steps of a run"""
     contenders: tuple[str, ...] = ()
-    """the contenders to compare (default: all); the fewer, the nearer in time are the runs that make a ratio"""
-    warmup: int = 20
-    """iterations before the clock starts"""
+    """the contenders to compare (default: all of the workload)"""
+    turn: float = 0.3
+    """seconds that a contender runs before the next one does"""
     results: Path = ROOT / "benchmarks" / "results" / "throughput.jsonl"
     """file that the rows are appended to"""
 
 
-def measure(launcher: list[str], file: str, flags: list[str], args: Args) -> tuple[float, dict[str, float]]:
-    """Steps per second of one run, and the medians of its `Time/` points in milliseconds.
+class Run:
+    """A contender's processes, stopped as soon as it shows progress; `turns` are the times at which it was let run."""
 
-    The peer prints the former and has none of the latter, a shipped file's are read off its TensorBoard events.
-    """
-    command = [*launcher, str(ROOT / file), *flags]
-    if file == "benchmarks/peer_sb3.py":
-        command += ["--warmup", str(args.warmup)]
-        return float(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout), {}
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*command, "--eval-episodes", "0"], cwd=folder, check=True, capture_output=True)
-        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
+    def __init__(self, name: str, flags: list[str], folder: Path):
+        launcher, file, extra = CONTENDERS[name]
+        self.folder, self.output, self.turns = folder, folder / "output.txt", []
+        self.is_peer = file == "benchmarks/peer_sb3.py"
+        extra = extra if self.is_peer else [*extra, "--eval-episodes", "0"]
+        folder.mkdir()
+        with self.output.open("w") as output:
+            command = [*launcher, str(ROOT / file), *flags, *extra]
+            self.process = psutil.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        while self.is_running() and not any(line.startswith("step ") for line in self.output.open()):
+            time.sleep(0.02)
+        if not self.is_running():
+            raise SystemExit(f"error: {name} ended early: {self.output.read_text()}")
+        self.family = [self.process, *self.process.children(recursive=True)]
+        self.send(signal.SIGSTOP)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def take_turn(self, seconds: float) -> None:
+        start = time.time()
+        self.send(signal.SIGCONT)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            self.process.wait(seconds)
+        self.send(signal.SIGSTOP)
+        self.turns.append((start, time.time()))
+
+    def marks(self) -> list[tuple[float, int]]:
+        """Wall-clock time and environment steps at the end of each iteration."""
+        if self.is_peer:
+            lines = [line.split() for line in self.output.open() if line.startswith("step ")]
+            return [(float(seconds), int(step)) for _, step, seconds in lines]
+        return [(x.wall_time, x.step) for x in self.points()["Time/step_per_second"]]
+
+    def points(self) -> dict[str, list]:
+        """The `Time/` points in TensorBoard, by tag."""
+        (events,) = {str(path.parent) for path in self.folder.rglob("events.*")}
         accumulator = EventAccumulator(events, size_guidance={"scalars": 0}).Reload()
-    points = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"] if tag.startswith("Time/")}
-    speeds = points.pop("Time/step_per_second")
-    start, end = speeds[args.warmup - 1], speeds[-1]
-    times = {tag: 1e3 * statistics.median(x.value for x in xs[args.warmup :]) for tag, xs in points.items()}
-    return (end.step - start.step) / (end.wall_time - start.wall_time), times
+        return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"] if tag.startswith("Time/")}
+
+    def speed(self, start: float, end: float) -> float:
+        """Steps per second of its turns between two wall-clock times."""
+        marks = [mark for mark in self.marks() if start <= mark[0] <= end]
+        (first, first_step), (last, last_step) = marks[0], marks[-1]
+        seconds = sum(max(0.0, min(stop, last) - max(begin, first)) for begin, stop in self.turns)
+        return (last_step - first_step) / seconds
+
+
+def race(names: list[str], flags: list[str], turn: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Steps per second of each contender, and the medians of a shipped file's `Time/` points in milliseconds."""
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in names:
+                runs[name] = Run(name, flags, Path(folder) / str(len(runs)))
+            start = time.time()
+            while any(run.is_running() for run in runs.values()):
+                for run in runs.values():
+                    if run.is_running():
+                        run.take_turn(turn)
+        finally:
+            for run in runs.values():
+                run.send(signal.SIGKILL)
+        end = min(run.marks()[-1][0] for run in runs.values())
+        speeds = {name: run.speed(start, end) for name, run in runs.items()}
+        points = {name: run.points() for name, run in runs.items() if not run.is_peer}
+    times = {
+        name: {tag: 1e3 * statistics.median(x.value for x in xs) for tag, xs in tags.items() if "per_second" not in tag}
+        for name, tags in points.items()
+    }
+    return speeds, times
 
 
 def main(args: Args) -> None:
@@ -98,19 +163,20 @@ def main(args: Args) -> None:
     if unknown := set(contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
     flags = [*workload_flags.split(), "--total-timesteps", str(args.total_timesteps)]
-    figures, times = {name: [] for name in contenders}, {}
+    figures = {name: [] for name in contenders}
     for repeat in range(args.repeats):
-        for name in contenders:
-            launcher, file, extra = CONTENDERS[name]
-            speed, times[name] = measure(launcher, file, [*flags, *extra], args)
+        speeds, times = race(contenders, flags, args.turn)
+        for name, speed in speeds.items():
             figures[name].append(speed)
-            print(f"{repeat + 1}/{args.repeats} {name}: {figures[name][-1]:.0f} steps/s", flush=True)
+        print(f"{repeat + 1}/{args.repeats}: " + ", ".join(f"{n} {x:.0f}" for n, x in speeds.items()), flush=True)
+
+    def ratios(name: str, base: str) -> list[float]:
+        """A contender's speed over another's in each race, empty where the other did not take part."""
+        return [round(a / b, 3) for a, b in zip(figures[name], figures.get(base, []), strict=False)]
 
     packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
-    one_process = statistics.median(figures.get("torch, 1 process", [math.nan]))
-    peer = statistics.median(figures.get("Stable-Baselines3, 1 process", [math.nan]))
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    print("\n| contender | steps/s, median | lowest | highest | times torch, 1 process | times SB3 |")
+    print("\n| contender | steps/s, median | range | times torch, 1 process | times SB3 | times torch twin |")
     print("| --- | --- | --- | --- | --- | --- |")
     with args.results.open("a") as file:
         for name, values in figures.items():
@@ -121,9 +187,10 @@ def main(args: Args) -> None:
                 "command": " ".join([Path(launcher[0]).name, *launcher[1:], file_name, *flags, *extra]),
                 "steps_per_second": [round(value, 1) for value in values],
                 "median": round(statistics.median(values), 1),
-                "times_one_process": round(statistics.median(values) / one_process, 3) if one_process > 0 else None,
-                "milliseconds_of_last_run": {tag: round(value, 2) for tag, value in times[name].items()},
-                "times_sb3": round(statistics.median(values) / peer, 3) if peer == peer else None,
+                "times_one_process": ratios(name, "torch, 1 process"),
+                "times_sb3": ratios(name, "Stable-Baselines3, 1 process"),
+                "times_torch_twin": ratios(name, name.replace("Fabric", "torch")) if "Fabric" in name else [],
+                "milliseconds_of_last_run": {tag: round(value, 2) for tag, value in times.get(name, {}).items()},
                 "date": time.strftime("%Y-%m-%d"),
                 "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
                 "versions": {package: importlib.metadata.version(package) for package in packages},
@@ -131,8 +198,9 @@ def main(args: Args) -> None:
                 "cpu": cpu_model(),
             }
             file.write(json.dumps(row) + "\n")
-            ratios = f"{row['times_one_process'] or '-'} | {row['times_sb3'] or '-'}"
-            print(f"| {name} | {row['median']:.0f} | {min(values):.0f} | {max(values):.0f} | {ratios} |")
+            columns = [row[key] for key in ("times_one_process", "times_sb3", "times_torch_twin")]
+            texts = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else "-" for c in columns]
+            print(f"| {name} | {row['median']:.0f} | {min(values):.0f} to {max(values):.0f} | {' | '.join(texts)} |")
     for name, values in times.items():
         print(f"{name}, ms per iteration: " + ", ".join(f"{tag[5:]} {value:.1f}" for tag, value in values.items()))
 
