@@ -772,7 +772,7 @@ def main(args: Args) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     torch.set_num_threads(args.num_threads)
-    # as many CPUs as ranks, which work at once: a CPU for each made 9% more steps per second (10 rounds, +- 5%)
+    # as many CPUs as ranks, which work at once: a CPU for each makes 5% more steps per second
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     one_thread = args.num_threads == 1 and args.vec_env == "sync" and not args.cuda
     if args.overlap and num_trainers == 1 and one_thread and len(cpus) == local_world_size:

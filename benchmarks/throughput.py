@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -50,27 +51,30 @@ CONTENDERS = {
 }
 COMMON = (
     "--learning-rate 2.5e-4 --clip-coef 0.2 --clip-vloss --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
-    "--gamma 0.99 --gae-lambda 0.95 --num-threads 1 --num-envs 4 --num-steps 128 --per-rank-batch-size 128"
+    "--gamma 0.99 --gae-lambda 0.95 --num-threads 1 --num-envs 4 --per-rank-batch-size 128"
 )
 SHIPPED = [name for name in CONTENDERS if "2 ranks" in name or "decoupled" in name]
 # name: flags, contenders; stepping takes about as long as the update in the second, so that overlapping gains most
 WORKLOADS = {
-    "cartpole": (f"--env-id CartPole-v1 --update-epochs 4 {COMMON}", list(CONTENDERS)),
-    "lunarlander": (f"--env-id LunarLander-v3 --update-epochs 6 {COMMON}", ["torch, 1 process", *SHIPPED]),
+    "cartpole": (f"--env-id CartPole-v1 --num-steps 128 --update-epochs 4 {COMMON}", list(CONTENDERS)),
+    "lunarlander": (
+        f"--env-id LunarLander-v3 --num-steps 256 --update-epochs 7 {COMMON}",
+        ["torch, 1 process", *SHIPPED],
+    ),
 }
 
 
 @dataclass
 class Args:
     workload: Literal["cartpole", "lunarlander"] = "cartpole"
-    """CleanRL's CartPole setting, or LunarLander-v3 with 6 epochs"""
+    """CleanRL's CartPole setting, or LunarLander-v3 with 256 steps and 7 epochs"""
     repeats: int = 5
     """races"""
     total_timesteps: int = 51_200
     """environment steps of a run"""
     contenders: tuple[str, ...] = ()
     """the contenders to compare (default: all of the workload)"""
-    turn: float = 0.3
+    turn: float = 1.0
     """seconds that a contender runs before the next one does"""
     results: Path = ROOT / "benchmarks" / "results" / "throughput.jsonl"
     """file that the rows are appended to"""
@@ -83,6 +87,8 @@ class Run:
         launcher, file, extra = CONTENDERS[name]
         self.folder, self.output, self.turns = folder, folder / "output.txt", []
         self.is_peer = file == "benchmarks/peer_sb3.py"
+        if launcher == FABRIC_RUN:
+            launcher = [*launcher, f"--main-port={free_port()}"]  # its default is the same for all
         extra = extra if self.is_peer else [*extra, "--eval-episodes", "0"]
         folder.mkdir()
         with self.output.open("w") as output:
@@ -124,12 +130,25 @@ class Run:
         accumulator = EventAccumulator(events, size_guidance={"scalars": 0}).Reload()
         return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"] if tag.startswith("Time/")}
 
+    def milliseconds(self) -> dict[str, float]:
+        """Medians of the `Time/` points, of iterations that were in one turn with the two before: some log late."""
+        ends = [seconds for seconds, _ in self.marks()]
+        whole = [i for i, end in enumerate(ends) if any(b <= ends[max(i - 3, 0)] and end <= e for b, e in self.turns)]
+        tags = {tag: points for tag, points in self.points().items() if "per_second" not in tag}
+        return {tag: round(1e3 * statistics.median(xs[i].value for i in whole), 2) for tag, xs in tags.items() if whole}
+
     def speed(self, start: float, end: float) -> float:
         """Steps per second of its turns between two wall-clock times."""
         marks = [mark for mark in self.marks() if start <= mark[0] <= end]
         (first, first_step), (last, last_step) = marks[0], marks[-1]
         seconds = sum(max(0.0, min(stop, last) - max(begin, first)) for begin, stop in self.turns)
         return (last_step - first_step) / seconds
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def race(names: list[str], flags: list[str], turn: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -149,11 +168,7 @@ def race(names: list[str], flags: list[str], turn: float) -> tuple[dict[str, flo
                 run.send(signal.SIGKILL)
         end = min(run.marks()[-1][0] for run in runs.values())
         speeds = {name: run.speed(start, end) for name, run in runs.items()}
-        points = {name: run.points() for name, run in runs.items() if not run.is_peer}
-    times = {
-        name: {tag: 1e3 * statistics.median(x.value for x in xs) for tag, xs in tags.items() if "per_second" not in tag}
-        for name, tags in points.items()
-    }
+        times = {name: run.milliseconds() for name, run in runs.items() if not run.is_peer}
     return speeds, times
 
 
@@ -190,7 +205,7 @@ def main(args: Args) -> None:
                 "times_one_process": ratios(name, "torch, 1 process"),
                 "times_sb3": ratios(name, "Stable-Baselines3, 1 process"),
                 "times_torch_twin": ratios(name, name.replace("Fabric", "torch")) if "Fabric" in name else [],
-                "milliseconds_of_last_run": {tag: round(value, 2) for tag, value in times.get(name, {}).items()},
+                "milliseconds_in_last_race": times.get(name, {}),
                 "date": time.strftime("%Y-%m-%d"),
                 "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
                 "versions": {package: importlib.metadata.version(package) for package in packages},

@@ -21,6 +21,7 @@ from toy_envs import PUZZLES, puzzle_flags
 
 TORCH, FABRIC, DECOUPLED = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py", ROOT / "ppo_fabric_decoupled.py"
 LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
+SLOW = pytest.mark.slow
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
@@ -287,11 +288,16 @@ def test_training_ranks_stop_together_on_target_kl(tmp_path, file, ranks):
     assert file == DECOUPLED or not torch.equal(first["actions"], second["actions"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_decoupled_run(tmp_path, rank):
-    flags = ["--total-timesteps", 10_000_000, "--env-id", "toy_envs:Diary-v0"]
-    command = Command([*fabric_run(3), DECOUPLED, *flags], cwd=tmp_path)
-    deadline = time.monotonic() + 30
+TWO_PLAYERS = ["--num-players", "2", "--overlap"]
+KILLED = [(3, 0, []), (3, 1, []), (3, 0, ["--overlap"]), (3, 2, ["--overlap"])]
+KILLED += [pytest.param(4, rank, TWO_PLAYERS, marks=SLOW) for rank in range(4)]
+
+
+@pytest.mark.parametrize("ranks, rank, switches", KILLED)
+def test_a_killed_rank_ends_the_decoupled_run(tmp_path, ranks, rank, switches):
+    flags = ["--total-timesteps", 10_000_000, "--env-id", "toy_envs:Diary-v0", *switches]
+    command = Command([*fabric_run(ranks), DECOUPLED, *flags], cwd=tmp_path)
+    deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("events.*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert list(tmp_path.rglob("events.*"))
@@ -352,10 +358,10 @@ def test_the_default_command_learns_cartpole(tmp_path):
 
 
 FEW = ("ChannelsFirst-MultiBinary", "Float64-Box")
-KINDS = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in PUZZLES]
+KINDS = [name if name in FEW else pytest.param(name, marks=SLOW) for name in PUZZLES]
 
 
-FABRIC_TOO = pytest.param(FABRIC, 2, 2, marks=pytest.mark.slow)  # it ends with the torch file's bits
+FABRIC_TOO = pytest.param(FABRIC, 2, 2, marks=SLOW)  # it ends with the torch file's bits
 
 
 @pytest.mark.parametrize("file, ranks, trainers", [(TORCH, 2, 2), FABRIC_TOO, (DECOUPLED, 3, 2)], **NAMES)
@@ -481,7 +487,7 @@ BAD_FOR_DECOUPLED = {
 
 def cases(names: Iterable[str], *fast: str) -> list:
     """All names, those not in `fast` marked as slow: a launcher takes seconds to start, and they are many."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in fast else pytest.param(name, marks=SLOW) for name in names]
 
 
 def fails_with_one_line(command: list, folder: Path, said: str) -> None:
@@ -556,11 +562,14 @@ def test_a_launcher_without_gpus_starts_nothing(tmp_path):
     assert status != 0 and "MisconfigurationException" in output
 
 
-@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
-def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks):
-    """The environments of rank 1 alone raise an exception, in the middle of a rollout."""
-    flags = ["--env-id", "toy_envs:RaisesOnRank1-v0", "--eval-episodes", 0]
-    flags += ["--num-players", 2] if file == DECOUPLED else []
+BREAKING = [(TORCH, 2, 1, []), (FABRIC, 2, 1, []), (DECOUPLED, 3, 1, ["--num-players", "2"])]
+BREAKING += [pytest.param(DECOUPLED, 4, rank, TWO_PLAYERS, marks=SLOW) for rank in range(2)]
+
+
+@pytest.mark.parametrize("file, ranks, rank, switches", BREAKING, **NAMES)
+def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks, rank, switches):
+    """The environments of one rank alone raise an exception, in the middle of a rollout."""
+    flags = ["--env-id", "toy_envs:Raises-v0", "--env-kwargs", f'{{"rank":{rank}}}', "--eval-episodes", 0, *switches]
     status, output = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path).finish(timeout=30)
     assert status != 0
     assert_shown_first("the simulator broke", output)
@@ -572,10 +581,10 @@ def assert_shown_first(cause: str, output: str) -> None:
     assert cause in output and output.index(cause) < min(others, default=len(output)), output
 
 
-@pytest.mark.parametrize("switches", [[], ["--overlap"]])
-def test_a_trainer_that_fails_ends_the_players(tmp_path, switches):
-    """Rank 2's third update raises an exception."""
+@pytest.mark.parametrize("rank, switches", [(1, ["--overlap"]), (2, []), pytest.param(2, ["--overlap"], marks=SLOW)])
+def test_a_trainer_that_fails_ends_the_players(tmp_path, rank, switches):
+    """The third update of one of two trainers raises an exception."""
     command = [*fabric_run(3), TESTS / "probe.py", DECOUPLED, tmp_path, "--eval-episodes", 0, *switches]
-    status, output = Command(command, cwd=tmp_path, BREAKS="2").finish(timeout=30)
+    status, output = Command(command, cwd=tmp_path, BREAKS=str(rank)).finish(timeout=30)
     assert status != 0
     assert_shown_first("the update broke", output)

@@ -40,16 +40,16 @@ class Diary(OneAStep):
 
 
 class Broken(OneAStep):
-    """Goes wrong at its fifth step: a NaN in the observation or the reward, or an exception on rank 1."""
+    """Goes wrong at its fifth step: a NaN in the observation or the reward, or an exception on one rank."""
 
-    def __init__(self, how: str, action_space: gym.Space = OneAStep.action_space):
+    def __init__(self, how: str, action_space: gym.Space = OneAStep.action_space, rank: int = 1):
         super().__init__()
-        self.how, self.action_space = how, action_space
+        self.how, self.action_space, self.rank = how, action_space, rank
 
     def step(self, action):
         assert action in self.action_space, action
         obs, reward, terminated, truncated, info = super().step(action)
-        if self.steps == 5 and self.how == "raises on rank 1" and os.environ["RANK"] == "1":
+        if self.steps == 5 and self.how == "raises" and os.environ["RANK"] == str(self.rank):
             raise RuntimeError("the simulator broke")
         if self.steps == 5 and self.how == "obs":
             obs = np.full_like(obs, np.nan)
@@ -127,7 +127,7 @@ gym.register("Diary-v0", Diary)
 gym.register("NanObs-v0", Broken, kwargs={"how": "obs"})
 gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.spaces.Box(-2, 2, (2,))})
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
-gym.register("RaisesOnRank1-v0", Broken, kwargs={"how": "raises on rank 1"})
+gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
