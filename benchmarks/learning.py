@@ -4,8 +4,8 @@
     python benchmarks/learning.py mujoco --seeds 3 --workers 2
     python benchmarks/learning.py pong --seeds 1
 
-A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again: delete what a change of the file or
-of its flags makes out of date. At the end prints a Markdown table of the final greedy returns.
+A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again unless the trainer's file or the
+command has changed since. At the end prints a Markdown table of the final greedy returns.
 """
 
 import hashlib
@@ -72,12 +72,18 @@ class Args:
     """runs at a time"""
 
 
+def source_hash(command: str) -> str:
+    """Of the file that a command runs."""
+    (file,) = [part for part in command.split() if part.endswith(".py")]
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
+
+
 def run(env_id: str, command: str, seed: int) -> dict:
     """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
     launcher, *rest = f"{command} --seed {seed}".split()
     (file,) = [part for part in rest if part.endswith(".py")]
     arguments = [str(ROOT / part) if part == file else part for part in rest]
-    start_time = time.perf_counter()
+    source, start_time = source_hash(command), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([str(BIN / launcher), *arguments], cwd=folder, check=True, capture_output=True)
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
@@ -94,7 +100,7 @@ def run(env_id: str, command: str, seed: int) -> dict:
         "seconds": round(time.perf_counter() - start_time, 1),
         "steps_per_second": round(statistics.median(point.value for point in speeds)),
         "date": time.strftime("%Y-%m-%d"),
-        "source_sha256": hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16],
+        "source_sha256": source,
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
         },
@@ -108,6 +114,7 @@ def main(args: Args) -> None:
     path = ROOT / "benchmarks" / "results" / "learning" / f"{args.suite}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if row["source_sha256"] == source_hash(row["command"])]
     done = {row["command"] for row in rows}
     wanted = [(e, c, s) for s in range(1, args.seeds + 1) for e, c in SUITES[args.suite].items()]
     todo = [(e, c, s) for e, c, s in wanted if f"{c} --seed {s}" not in done]

@@ -4,7 +4,7 @@
     python benchmarks/overlap.py
 
 One player and one trainer through `fabric run`. A finished run's row, in benchmarks/results/overlap.jsonl, is not run
-again: delete the file after a change of ppo_fabric_decoupled.py or of the flags. The figure goes to overlap.png beside.
+again unless ppo_fabric_decoupled.py or the command has changed since. The figure goes to overlap.png beside.
 """
 
 import hashlib
@@ -42,16 +42,22 @@ class Args:
     """seeds 1 to this"""
 
 
+def source_hash() -> str:
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()[:16]
+
+
+def flags_of(env_id: str, overlap: bool, seed: int) -> list[str]:
+    switches = ["--overlap"] if overlap else []
+    return ["--env-id", env_id, *ENVIRONMENTS[env_id].split(), "--seed", str(seed), *switches]
+
+
+def command_of(env_id: str, overlap: bool, seed: int) -> str:
+    return " ".join(["fabric run --accelerator=cpu --devices=2", FILE.name, *flags_of(env_id, overlap, seed)])
+
+
 def run(env_id: str, overlap: bool, seed: int) -> dict:
     """One run: its returns over steps and its greedy evaluation at the end."""
-    flags = [
-        "--env-id",
-        env_id,
-        *ENVIRONMENTS[env_id].split(),
-        "--seed",
-        str(seed),
-        *(["--overlap"] if overlap else []),
-    ]
+    flags, source = flags_of(env_id, overlap, seed), source_hash()
     start_time = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*LAUNCHER, str(FILE), *flags], cwd=folder, check=True, capture_output=True)
@@ -63,10 +69,10 @@ def run(env_id: str, overlap: bool, seed: int) -> dict:
         "env_id": env_id,
         "overlap": overlap,
         "seed": seed,
-        "command": " ".join(["fabric run --accelerator=cpu --devices=2", FILE.name, *flags]),
+        "command": command_of(env_id, overlap, seed),
         "greedy_return": round(evaluation, 2),
         "seconds": round(time.perf_counter() - start_time, 1),
-        "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
+        "source_sha256": source,
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")},
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
@@ -102,9 +108,10 @@ def plot(rows: list[dict]) -> None:
 def main(args: Args) -> None:
     path = RESULTS / "overlap.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["env_id"], row["overlap"], row["seed"]) for row in rows}
+    rows = [row for row in rows if row["source_sha256"] == source_hash()]
+    done = {row["command"] for row in rows}
     wanted = [(e, o, s) for e in ENVIRONMENTS for s in range(1, args.seeds + 1) for o in (False, True)]
-    for key in tqdm([key for key in wanted if key not in done]):
+    for key in tqdm([key for key in wanted if command_of(*key) not in done]):
         rows.append(run(*key))
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
