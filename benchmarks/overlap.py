@@ -108,10 +108,12 @@ def plot(rows: list[dict]) -> None:
 def main(args: Args) -> None:
     path = RESULTS / "overlap.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["source_sha256"] == source_hash()]
+    wanted = {
+        command_of(e, o, s): (e, o, s) for e in ENVIRONMENTS for s in range(1, args.seeds + 1) for o in (False, True)
+    }
+    rows = [row for row in rows if row["source_sha256"] == source_hash() and row["command"] in wanted]
     done = {row["command"] for row in rows}
-    wanted = [(e, o, s) for e in ENVIRONMENTS for s in range(1, args.seeds + 1) for o in (False, True)]
-    for key in tqdm([key for key in wanted if command_of(*key) not in done]):
+    for key in tqdm([key for command, key in wanted.items() if command not in done]):
         rows.append(run(*key))
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
