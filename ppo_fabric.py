@@ -756,6 +756,7 @@ def main(args: Args) -> None:
                 counters = {"rows": rows, "global_step": global_step, "best_return": best_return}
                 counters["num_actors"] = world_size
                 save_checkpoint(run_dir, name, agent, optimizer.state_dict(), counters, args)
+            if checkpoints:
                 writer.add_scalar("Time/checkpoint", time.perf_counter() - start_time, global_step)
         if stopping:
             break

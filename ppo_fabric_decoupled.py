@@ -855,6 +855,7 @@ def play(
                 counters = {"rows": rows, "global_step": global_step, "best_return": best_return}
                 counters["num_actors"] = args.num_players
                 save_checkpoint(run_dir, name, agent, optimizer_states[0], counters, args)
+            if checkpoints:
                 writer.add_scalar("Time/checkpoint", time.perf_counter() - start_time, global_step)
         if iteration == last:
             break

@@ -90,8 +90,9 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
     agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
     optimizer = torch.optim.Adam([ppo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    generator = torch.Generator().manual_seed(np.random.SeedSequence(1).generate_state(4).tolist()[1])
+    generator = torch.Generator()
     for iteration, (batch, after) in enumerate(zip(first["batches"], first["after"], strict=True)):
+        generator.manual_seed(np.random.SeedSequence((1, iteration * 2 * 4 * 32)).generate_state(4).tolist()[1])
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / len(first["after"]))
         assert not batch["valid"].all()  # so that the ranks' counts of valid rows differ
         ppo.update(agent, optimizer, batch, args, generator, 0, 1)
@@ -302,14 +303,9 @@ def test_a_killed_rank_ends_the_decoupled_run(tmp_path, ranks, rank, switches):
         time.sleep(0.1)
     assert list(tmp_path.rglob("events.*"))
     time.sleep(2)
-    (pid,) = [pid for pid in command.pids() if f"RANK={rank}" in environment(pid)]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(command.rank_pid(rank), signal.SIGKILL)
     status, output = command.finish(timeout=30)
     assert status != 0 and "SIGKILL" in output
-
-
-def environment(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
 
 
 def test_fabric_options(tmp_path):
@@ -445,7 +441,7 @@ BAD = {
         "--env-id toy_envs:NanObs-v0 --num-steps 5 --per-rank-batch-size 4",
         "not finite: 8 observations, 0 rewards",
     ),
-    "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
+    "divergence": ("--learning-rate 1e30", "not finite: "),
     "NaN observation": ("--env-id toy_envs:NanObsBox-v0", " observations, 0 rewards"),
     "NaN reward": ("--env-id toy_envs:NanReward-v0", ": 0 observations, "),
 }
@@ -461,7 +457,7 @@ BAD_FOR_FABRIC = {
     "observation space": ([], "--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
     "NaN observation": ([], "--env-id toy_envs:NanObsBox-v0", " observations, 0 rewards"),
     "NaN reward": ([], "--env-id toy_envs:NanReward-v0", ": 0 observations, "),
-    "divergence": ([], "--learning-rate 1e30", "the loss or its gradient"),
+    "divergence": ([], "--learning-rate 1e30", "not finite: "),
 }
 
 
@@ -480,8 +476,8 @@ BAD_FOR_DECOUPLED = {
     "zero updates": (2, "--total-timesteps 500", "--total-timesteps 500"),
     "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", ": 0 observations, "),
     "NaN observation": (4, "--env-id toy_envs:NanObsBox-v0 --num-players 2", " observations, 0 rewards"),
-    "divergence": (3, "--learning-rate 1e30", "the loss or its gradient"),
-    "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "the loss or its gradient"),
+    "divergence": (3, "--learning-rate 1e30", "not finite: "),
+    "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "not finite: "),
 }
 
 

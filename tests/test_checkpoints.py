@@ -1,0 +1,405 @@
+"""No run is lost: checkpoints, resuming, signals and faults, with the real launchers and real signals."""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch import ROOT, Command, fabric_run, run
+from test_launch import DECOUPLED, FABRIC, LAUNCHERS, NAMES, SLOW, TORCH, fails_with_one_line
+
+CLOCK = ["--env-id", "toy_envs:Clock-v0", "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 2]
+CLOCK += ["--normalize-obs", "--normalize-rewards", "--eval-episodes", 2, "--checkpoint-every", 5]
+TINY = ["--hidden-sizes", 8, "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 1]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("checkpoints/step-*.pt"))
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All (step, value) of the only run below a folder, as TensorBoard shows them, but the times."""
+    (events,) = {path.parent for path in folder.rglob("events.*")}
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in accumulator.Tags()["scalars"] if not tag.startswith("Time/")]
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
+
+
+def wait_for(found, timeout: float = 60):
+    """What `found` finds, as soon as it does."""
+    deadline = time.monotonic() + timeout
+    while not (value := found()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert value
+    return value
+
+
+def assert_equal(a, b, path: str = "") -> None:
+    """The same values, bit by bit, in two nested dictionaries, lists and tensors."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+    if isinstance(a, dict | list | tuple):
+        keys = a.keys() if isinstance(a, dict) else range(max(len(a), len(b)))
+        for key in keys:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+STOPPED = [(TORCH, 1, []), (TORCH, 2, ["--share-data"]), (FABRIC, 2, []), (DECOUPLED, 3, ["--num-players", 2])]
+STOPPED += [pytest.param(TORCH, 2, ["--optimizer", "rmsprop"], marks=SLOW), pytest.param(DECOUPLED, 3, [], marks=SLOW)]
+
+
+@pytest.mark.parametrize("file, ranks, switches", STOPPED, **NAMES)
+def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(tmp_path, file, ranks, switches):
+    """Stopped by SIGTERM to one rank wherever it happens to be; episodes end where the rollouts do."""
+    actors = 2 if "--num-players" in switches else 1 if file == DECOUPLED else ranks
+    flags = [file, *CLOCK, "--total-timesteps", 100 * actors * 4 * 16, *switches]
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    straight = Command([*LAUNCHERS[file](ranks), *flags], cwd=tmp_path / "straight")
+    stopped = Command([*LAUNCHERS[file](ranks), *flags], cwd=tmp_path / "stopped")
+    wait_for(lambda: checkpoints(tmp_path / "stopped"))
+    os.kill(stopped.rank_pid(ranks - 1) if ranks > 1 else stopped.process.pid, signal.SIGTERM)
+    status, output = stopped.finish()
+    assert status == (143 if ranks == 1 else 1), output
+    last = checkpoints(tmp_path / "stopped")[-1]
+    assert f"stopped by a signal: go on with --resume {last.relative_to(tmp_path / 'stopped')}" in output
+    assert 0 < load(last)["rows"] < 100 * actors * 4 * 16
+    assert not re.search(r'ppo_\w+.py", line', output), output
+    output = run([*LAUNCHERS[file](ranks), *flags, "--resume", "auto"], cwd=tmp_path / "stopped")
+    assert "resuming" in output and "changed" not in output
+    assert straight.finish()[0] == 0
+    ends = [load(checkpoints(tmp_path / name)[-1]) for name in ("straight", "stopped")]
+    assert ends[0]["rows"] == 100 * actors * 4 * 16
+    for end in ends:
+        end["args"].pop("resume")
+    assert_equal(*ends)
+    logs = [curves(tmp_path / name) for name in ("straight", "stopped")]
+    assert logs[0] == logs[1]  # the same points, none twice
+    assert len(logs[0]["Info/learning_rate"]) == 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("vec_env", ["sync", "async"])
+def test_a_signal_stops_within_an_iteration_and_a_second_one_at_once(tmp_path, vec_env, number):
+    flags = [*TINY, "--total-timesteps", 10**7, "--vec-env", vec_env, "--checkpoint-every", 10**6]
+    command = Command(["setsid", sys.executable, TORCH, *flags], cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("events.*")))
+    time.sleep(1)
+    os.killpg(command.process.pid, number)  # as Ctrl-C and launchers do: to the whole group
+    status, output = command.finish(timeout=10)
+    assert status == 128 + number and "stopped by a signal" in output and len(checkpoints(tmp_path)) == 1
+    flags = ["--num-steps", 10**5, "--total-timesteps", 10**7, "--per-rank-batch-size", 10**5, "--vec-env", vec_env]
+    command = Command([sys.executable, TORCH, *flags], cwd=tmp_path)  # whose first iteration takes long
+    wait_for(lambda: len({path.parent for path in tmp_path.rglob("events.*")}) == 2)
+    time.sleep(1)
+    os.kill(command.process.pid, number)
+    time.sleep(1.5)
+    assert command.process.poll() is None
+    os.kill(command.process.pid, number)
+    assert command.finish(timeout=5)[0] == -number
+    assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
+def test_the_launcher_passes_a_signal_on(tmp_path, file, ranks):
+    flags = [*TINY, "--total-timesteps", 10**7, "--vec-env", "async", "--checkpoint-every", 10**6]
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("events.*")))
+    time.sleep(1)
+    command.process.send_signal(signal.SIGTERM)
+    status, output = command.finish(timeout=20)
+    assert status != 0 and "stopped by a signal" in output and len(checkpoints(tmp_path)) == 1, output
+
+
+def kill_and_finish(file: Path, ranks: int, flags: list, kills: list[tuple[int, float]], folder: Path) -> str:
+    """Kill ranks, each some seconds after a first new checkpoint; what the runs of one command print.
+
+    torchrun restarts them by itself, `fabric run` is started again.
+    """
+    output, launcher = "", LAUNCHERS[file](ranks)
+    if file == TORCH:
+        launcher = [*launcher[:1], f"--max-restarts={len(kills)}", *launcher[1:]]
+    command = Command([*launcher, file, *flags], cwd=folder)
+    for rank, delay in kills:
+        newest = checkpoints(folder)[-1:]
+        wait_for(lambda newest=newest: checkpoints(folder)[-1:] != newest, timeout=90)
+        time.sleep(delay)
+        os.kill(command.rank_pid(rank), signal.SIGKILL)
+        if file != TORCH:
+            status, printed = command.finish(timeout=30)
+            output += printed
+            assert status != 0, output
+            command = Command([*fabric_run(ranks), file, *flags], cwd=folder)
+    status, printed = command.finish(timeout=600)
+    assert status == 0, output + printed
+    return output + printed
+
+
+def assert_whole(folder: Path, rows: int, every: int, rollout: int) -> None:
+    """The right number of steps, a point for each iteration, and never more lost than an interval."""
+    assert load(checkpoints(folder)[-1])["rows"] == rows
+    logs = curves(folder)
+    assert len(logs["Info/learning_rate"]) == rows // rollout
+    for tag, points in logs.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+
+
+KILLS = [(TORCH, 2, [(1, 0.3)]), (FABRIC, 2, [(0, 0.1)]), (DECOUPLED, 3, [(2, 0.2)])]
+
+
+@pytest.mark.parametrize("file, ranks, kills", KILLS, **NAMES)
+def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kills):
+    actors = 1 if file == DECOUPLED else ranks
+    rows, rollout = 500 * actors * 4 * 16, actors * 4 * 16
+    flags = [*TINY, "--total-timesteps", rows, "--eval-episodes", 1, "--checkpoint-every", 10, "--resume", "auto"]
+    output = kill_and_finish(file, ranks, flags, kills, tmp_path)
+    assert len(re.findall("resuming", output)) == len(kills), output
+    assert_whole(tmp_path, rows, 10, rollout)
+
+
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
+def test_twenty_kills_and_a_solved_cartpole(tmp_path, file, ranks):
+    """Each rank in turn, at random moments, in runs of four or five kills."""
+    moments = torch.rand(20).tolist()
+    for number in range(4):
+        kills = [((number * 5 + i) % ranks, 2 * moments[number * 5 + i]) for i in range(5)]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        output = kill_and_finish(file, ranks, ["--resume", "auto", "--checkpoint-every", 5], kills, folder)
+        assert len(re.findall("resuming", output)) == 5, output
+        actors = 1 if file == DECOUPLED else ranks
+        assert_whole(folder, 100_000 // (actors * 512) * actors * 512, 5, actors * 512)
+        assert curves(folder)["Test/cumulative_reward"][-1][1] >= 475
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The run directory of a short training of the torch file."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*TINY, "--total-timesteps", 4096, "--checkpoint-every", 20, "--eval-every", 8, "--eval-episodes", 3]
+    (folder / "output").write_text(run([sys.executable, TORCH, *flags], cwd=folder))
+    return folder
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(trained):
+    rows = [load(path)["rows"] for path in checkpoints(trained)]
+    assert rows == [40 * 64, 60 * 64, 64 * 64]  # of 64 iterations: the last three of every twentieth and the end
+    (best,) = trained.rglob("best.pt")
+    returns = [value for _, value in curves(trained)["Test/cumulative_reward"]]
+    assert len(returns) == 8 and load(best)["best_return"] == pytest.approx(max(returns))
+    assert not list(trained.rglob("incomplete"))
+
+
+@pytest.mark.parametrize("file", LAUNCHERS, **NAMES)
+def test_a_saved_agent_is_evaluated_by_any_file(trained, tmp_path, file):
+    """In a fresh process it scores what it did at the end of training; the two-rank form does it once."""
+    last = checkpoints(trained)[-1]
+    line = re.findall(r"^step \d+: greedy return .*$", (trained / "output").read_text(), re.MULTILINE)[-1]
+    copy = shutil.copy(last, tmp_path / "agent.pt")
+    output = run([*LAUNCHERS[file](2), file, "--evaluate", copy, "--capture-video"], cwd=tmp_path)
+    assert output.count("greedy return") == 1 and line in output
+    assert not (tmp_path / "logs").exists()
+    assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["agent-videos"]
+
+
+def test_a_run_goes_on_with_other_ranks_and_in_another_file(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    rows, flags = 4096, [*TINY, "--eval-episodes", 0, "--resume"]
+    for file, ranks in ((TORCH, 2), (FABRIC, 1), (DECOUPLED, 3), (TORCH, 1)):
+        rows += 1024
+        last = checkpoints(tmp_path)[-1]
+        command = [*LAUNCHERS[file](ranks), file, *flags, last, "--total-timesteps", rows]
+        output = run(command, cwd=tmp_path)
+        assert ("num_actors" in output) == ((file, ranks) in ((TORCH, 2), (FABRIC, 1))), output
+        assert f"total_timesteps {rows - 1024} -> {rows}" in output
+        assert load(checkpoints(tmp_path)[-1])["rows"] == rows
+    assert len({path.parent for path in tmp_path.rglob("events.*")}) == 1  # all of it in one directory
+    steps = [step for step, _ in curves(tmp_path)["Info/learning_rate"]]
+    assert steps == sorted(set(steps)) and len(steps) == 64 + 8 + 16 + 16 + 16
+
+
+def test_an_older_checkpoint_branches_and_a_complete_run_says_so(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    flags = [*TINY, "--total-timesteps", 4096, "--eval-episodes", 0]
+    output = run([sys.executable, TORCH, *flags, "--resume", "auto"], cwd=tmp_path)
+    assert "nothing left to train" in output
+    before = {path: path.read_bytes() for path in checkpoints(tmp_path)}
+    run([sys.executable, TORCH, *flags, "--resume", checkpoints(tmp_path)[0]], cwd=tmp_path)
+    assert len({path.parent for path in tmp_path.rglob("events.*")}) == 2
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def damage(path: Path, how: str) -> None:
+    """Make a checkpoint one that must be refused."""
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "missing":
+        path.unlink()
+    elif how == "malicious":
+        with path.open("wb") as file:
+            pickle.dump({"version": 1, "agent": Malicious()}, file)
+    elif how == "malicious in torch's format":
+        torch.save({"version": 1, "agent": Malicious()}, path)
+    elif how == "another version":
+        torch.save(load(path) | {"version": 99}, path)
+
+
+BAD = {
+    "truncated": ("", "is damaged, or not of these files"),
+    "empty": ("", "is damaged, or not of these files"),
+    "missing": ("", "cannot read"),
+    "malicious": ("", "is damaged, or not of these files"),
+    "malicious in torch's format": ("", "is damaged, or not of these files"),
+    "another version": ("", "is of version 99"),
+    "another environment": ("--env-id Acrobot-v1", "env_id CartPole-v1 -> Acrobot-v1"),
+    "another optimizer": ("--optimizer rmsprop", "optimizer adam -> rmsprop"),
+    "other sizes": ("--hidden-sizes 16", "of another agent"),
+    "other normalisers": ("--normalize-obs", "of another agent"),
+}
+
+
+@pytest.mark.parametrize("file", LAUNCHERS, **NAMES)
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_checkpoint_is_refused(trained, tmp_path, how, file):
+    if file != TORCH and how not in ("malicious", "other sizes"):
+        pytest.skip("the reading is the same code in all files: tests/twins.py")
+    last = shutil.copy(checkpoints(trained)[-1], tmp_path / "agent.pt")
+    damage(tmp_path / "agent.pt", how)
+    flags, said = BAD[how]
+    ranks = 2 if file == DECOUPLED else 1
+    command = [*LAUNCHERS[file](ranks), file, *TINY, *flags.split()]
+    fails_with_one_line([*command, "--resume", last], tmp_path, said)
+    if file == TORCH and how not in ("another environment", "another optimizer"):
+        fails_with_one_line([*command, "--evaluate", last], tmp_path, said)
+    assert not (tmp_path / "owned").exists() and not list(tmp_path.rglob("step-*.pt"))
+
+
+DIES_WRITING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import {file} as ppo, tyro
+calls, fsync = [], os.fsync
+def dying(fd):  # the file is written, but not yet in place
+    calls.append(fd)
+    if len(calls) == 3:
+        os.truncate(fd, os.fstat(fd).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+ppo.os.fsync = dying
+ppo.main(tyro.cli(ppo.Args))
+"""
+
+
+@pytest.mark.parametrize("file", LAUNCHERS, **NAMES)
+def test_the_writer_killed_while_it_writes_a_checkpoint(tmp_path, file):
+    ranks = 2 if file == DECOUPLED else 1
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_WRITING.format(root=str(ROOT), file=file.stem))
+    flags = [*TINY, "--total-timesteps", 2048, "--checkpoint-every", 5, "--eval-episodes", 1, "--resume", "auto"]
+    status, _ = Command([*LAUNCHERS[file](ranks), script, *flags], cwd=tmp_path).finish()
+    assert status != 0 and [load(path)["rows"] for path in checkpoints(tmp_path)] == [5 * 64, 10 * 64]
+    assert len(list(tmp_path.rglob("incomplete"))) == 1
+    run([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    assert_whole(tmp_path, 2048, 5, 64)
+    assert not list(tmp_path.rglob("incomplete"))
+
+
+def test_a_full_disk(trained, tmp_path):
+    """/dev/full in place of the file that is written; test_a_full_tmpfs is the real thing."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in checkpoints(tmp_path)}
+    (checkpoints(tmp_path)[0].parent / "incomplete").symlink_to("/dev/full")
+    command = [sys.executable, TORCH, *TINY, "--total-timesteps", 8192, "--resume", "auto"]
+    fails_with_one_line(command, tmp_path, "No space left on device; earlier checkpoints are whole")
+    assert {path: path.read_bytes() for path in checkpoints(tmp_path)} == before
+    run(command, cwd=tmp_path)  # there is space again
+    assert load(checkpoints(tmp_path)[-1])["rows"] == 8192
+
+
+def test_a_full_tmpfs(tmp_path):
+    """The second checkpoint does not fit any more; the first is whole."""
+    mount = "mkdir logs && mount -t tmpfs -o size=2m tmpfs logs"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs; test_a_full_disk does without")
+    train = f"{sys.executable} {TORCH} --hidden-sizes 256 256 --checkpoint-every 1 --total-timesteps 10240"
+    script = f"{mount}; {train}; [ $? = 1 ] && cp -r logs kept"
+    (tmp_path / "logs").rmdir()
+    status, output = Command(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path).finish()
+    assert status == 0 and "No space left on device; earlier checkpoints are whole" in output.splitlines()[-1], output
+    (whole,) = checkpoints(tmp_path / "kept")
+    assert load(whole)["rows"] == 512 and not list(tmp_path.rglob("incomplete"))
+
+
+FAULTS = {
+    "an unknown flag": (TORCH, 1, "--no-such-flag 1", "no-such-flag"),
+    "a word for a number": (TORCH, 1, "--num-envs four", "four"),
+    "a value that is no choice": (TORCH, 1, "--vec-env fast", "fast"),
+    "arguments that are no JSON": (TORCH, 2, "--env-kwargs {length:7}", "--env-kwargs"),
+    "an argument that the environment has not": (FABRIC, 2, '--env-kwargs {"no_such":1}', "no_such"),
+    "an interval below zero": (TORCH, 1, "--checkpoint-every -1", "--checkpoint-every"),
+    "no checkpoint to keep": (DECOUPLED, 2, "--keep-checkpoints 0", "--keep-checkpoints"),
+    "no time": (FABRIC, 1, "--dist-timeout 0", "--dist-timeout"),
+    "a package that is not there": (TORCH, 1, "--env-id no_such_package:Env-v0", "no_such_package"),
+    "a lost environment process": (TORCH, 1, "--env-id toy_envs:Dies-v0 --vec-env async", "toy_envs:Dies-v0: "),
+    "one of two ranks' lost": (DECOUPLED, 2, "--env-id toy_envs:Dies-v0 --vec-env async", "toy_envs:Dies-v0: "),
+    "a wrong shape": (TORCH, 1, "--env-id toy_envs:WrongShape-v0", "toy_envs:WrongShape-v0: ValueError"),
+    "a wrong shape, async": (TORCH, 1, "--env-id toy_envs:WrongShape-v0 --vec-env async", "toy_envs:WrongShape-v0: "),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults(tmp_path, case):
+    """A status that is not 0, no process left, and the cause in the last line that is ours."""
+    file, ranks, flags, said = FAULTS[case]
+    status, output = Command([*LAUNCHERS[file](ranks), file, *flags.split()], cwd=tmp_path).finish(timeout=30)
+    assert status != 0
+    if ranks == 1 and "error:" in output:
+        assert said in output.splitlines()[-1], output
+    assert said in output, output
+
+
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 2)], **NAMES)
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, ranks):
+    flags = [*TINY, "--total-timesteps", 10**7, "--dist-timeout", 5]
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("events.*")))
+    time.sleep(1)
+    hanging = command.rank_pid(1)
+    os.kill(hanging, signal.SIGSTOP)
+    time.sleep(7)
+    os.kill(hanging, signal.SIGCONT)  # a stopped process only dies of SIGKILL, which takes the launcher 30 seconds
+    status, output = command.finish(timeout=30)
+    assert status != 0 and re.search("[Tt]imed out", output), output
+
+
+def test_nothing_that_is_not_finite_reaches_the_parameters(tmp_path):
+    flags = [*TINY, "--checkpoint-every", 1, "--learning-rate", 1e30, "--no-anneal-lr"]
+    fails_with_one_line([sys.executable, TORCH, *flags], tmp_path, "not finite: ")
+    for path in checkpoints(tmp_path):
+        assert all(tensor.isfinite().all() for tensor in load(path)["agent"].values())
