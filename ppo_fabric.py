@@ -533,7 +533,7 @@ def load_checkpoint(path: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise SystemExit(f"error: cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch has many for a file that is none of its own
         raise SystemExit(f"error: {path} is damaged, or not of these files ({type(error).__name__})") from error
