@@ -16,6 +16,7 @@ Add --accelerator=cpu to `fabric run` on a machine with some GPUs, but fewer tha
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
+import atexit
 import io
 import json
 import math
@@ -40,6 +41,8 @@ import torch
 import tyro
 from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins.collectives import TorchCollective
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -59,8 +62,8 @@ class Args:
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
     checkpoint_every: int = 20  # write a checkpoint every so many iterations (0: only at the end)
-    keep_checkpoints: int = 3  # of these keep the last ones, and with eval_every the best one
-    resume: str = ""  # go on from this checkpoint; `auto`: from the newest of this env_id, exp_name and seed, if any
+    keep_checkpoints: int = 3  # keep so many of the last checkpoints, and with eval_every the best one
+    resume: str = ""  # go on from this checkpoint; `auto`: from the last one of the newest run of this name
     evaluate: str = ""  # play the agent of this checkpoint, with the flags that it was trained with, and stop
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
@@ -119,9 +122,10 @@ class Args:
 
 
 def make_env(env_id: str, kwargs: dict) -> gym.Env:
-    """One environment; in a process of its own, out of reach of the signals that the launcher sends to a rank's."""
+    """One environment. In a process of its own it leaves signals, which launchers send to all, to its rank."""
     if multiprocessing.parent_process():
-        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return gym.make(env_id, **kwargs)
 
 
@@ -555,11 +559,22 @@ def list_checkpoints(run_dir: str) -> list[str]:
     return sorted(glob(f"{escape(run_dir)}/checkpoints/step-*.pt"))
 
 
-def open_run(args: Args, logs: str, num_actors: int) -> tuple[str, dict | None]:
+def truncate_logs(run_dir: str, global_step: int) -> None:
+    """Take what a lost run has logged after its checkpoint out of its logs, so that no step is there twice."""
+    for path in glob(f"{escape(run_dir)}/events.*"):
+        end = 0
+        for event in RawEventFileLoader(path).Load():
+            if Event.FromString(event).step > global_step:
+                break
+            end += len(event) + 16  # length and checksums
+        os.truncate(path, end)
+
+
+def open_run(args: Args, logs: str, ranks: dict[str, int]) -> tuple[str, dict | None]:
     """The folder of a run below `logs`, and the checkpoint that it goes on from, if `resume` finds one.
 
     It goes on in the folder of its checkpoint if that is the newest there; from an older one it branches into a new
-    folder. `num_actors` ranks step environments.
+    folder. `ranks` are the counts of those that step environments and of all.
     """
     name = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
     run_dir, path = f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", args.resume
@@ -567,12 +582,14 @@ def open_run(args: Args, logs: str, num_actors: int) -> tuple[str, dict | None]:
         run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??"), default=run_dir)
         path = (list_checkpoints(run_dir) or [""])[-1]
     if not path:
+        truncate_logs(run_dir, 0)
         return run_dir, None
     state = load_checkpoint(path)
     folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     if os.path.abspath(path) in list_checkpoints(folder)[-1:]:
         run_dir = os.path.relpath(folder)
-    now, then = vars(args) | {"num_actors": num_actors}, state["args"] | {"num_actors": state["num_actors"]}
+        truncate_logs(run_dir, state["global_step"])
+    now, then = vars(args) | ranks, state["args"] | state["ranks"]
     changes = {k: f"{k} {v} -> {now[k]}" for k, v in then.items() if k != "resume" and now.get(k, v) != v}
     for name in changes.keys() & {"env_id", "optimizer"}:
         raise SystemExit(f"error: --resume {path} is of another run: {changes[name]}")
@@ -604,7 +621,7 @@ def evaluate_checkpoint(args: Args) -> None:
     restore(state, agent)
     torch.set_num_threads(args.num_threads)
     video_dir = f"{os.path.splitext(args.evaluate)[0]}-videos" if args.capture_video else None
-    returns = evaluate(agent, args, args.seed + state["num_actors"] * args.num_envs, video_dir)
+    returns = evaluate(agent, args, args.seed + state["ranks"]["num_actors"] * args.num_envs, video_dir)
     print(f"step {state['global_step']}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
     if video_dir:
         print(f"videos: {video_dir}")
@@ -613,9 +630,11 @@ def evaluate_checkpoint(args: Args) -> None:
 def catch_signals() -> list[tuple[int, float]]:
     """The SIGINT and SIGTERM received from now on, with their times: the run is to stop after the iteration.
 
-    Another one ends the process at once, but within a second: a scheduler and a launcher may both pass the first on.
+    A later one ends the process at once, unless it comes within a second of the first: a scheduler and a launcher may
+    both pass one on. AsyncVectorEnv's processes, which ignore both, are killed when this one exits.
     """
     received = []
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
 
     def handle(number: int, _) -> None:
         if received and time.monotonic() > received[0][1] + 1:
@@ -729,13 +748,14 @@ def play(
     flat = flatten_parameters(agent).data
     message = torch.empty(len(flat) + 6 + 3)  # parameters, means of the update, times of the first trainer
     rollout_size = args.num_players * args.num_envs * args.num_steps
-    counters = ("rows", "global_step", "best_return")  # rows: with those of resets, which global_step leaves out
-    rows, global_step, best_return = (state[name] for name in counters) if state else (0, 0, -math.inf)
+    # counters of the run; rows are those of resets too, which global_step leaves out
+    names = ("rows", "global_step", "best_return")
+    rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
     first, last, played_rows = math.ceil(rows / rollout_size) + 1, num_iterations, rows
 
-    # logs: what a lost run has logged after its checkpoint does not count
+    # logs
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        writer = SummaryWriter(run_dir)
         flags = "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items())
         writer.add_text("hyperparameters", flags, global_step)
         total = num_iterations * rollout_size
@@ -834,7 +854,7 @@ def play(
                 print(f"step {global_step} of {total}: {status}", flush=True)
             evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
             checkpoints = []
-            if args.eval_episodes and evaluation_due:
+            if args.eval_episodes and evaluation_due and (iteration < last or last == num_iterations):
                 video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
                 returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir)
                 metrics["Test/cumulative_reward"] = test_return = float(returns.mean())
@@ -852,8 +872,8 @@ def play(
             start_time = time.perf_counter()
             for name in checkpoints:
                 writer.flush()
-                counters = {"rows": rows, "global_step": global_step, "best_return": best_return}
-                counters["num_actors"] = args.num_players
+                ranks = {"num_actors": args.num_players, "world_size": args.num_players + num_trainers}
+                counters = {"rows": rows, "global_step": global_step, "best_return": best_return, "ranks": ranks}
                 save_checkpoint(run_dir, name, agent, optimizer_states[0], counters, args)
             if checkpoints:
                 writer.add_scalar("Time/checkpoint", time.perf_counter() - start_time, global_step)
@@ -968,8 +988,8 @@ def main(args: Args) -> None:
     if num_iterations == 0:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
 
-    logs, num_players = "logs/fabric_decoupled_logs", args.num_players
-    run_dir, state = open_run(args, logs, num_players) if rank == 0 else ("", None)
+    ranks = {"num_actors": args.num_players, "world_size": world_size}
+    run_dir, state = open_run(args, "logs/fabric_decoupled_logs", ranks) if rank == 0 else ("", None)
 
     # devices: players that act on the CPU leave their machine's first GPUs to its trainers
     on_gpu = args.cuda and (args.player_on_gpu or not is_player)
@@ -991,15 +1011,15 @@ def main(args: Args) -> None:
 
     # groups: rollouts and parameters pass through the hosts, where the rollouts are; gradients stay on their devices
     timeout = {"timeout": timedelta(seconds=args.dist_timeout)}
-    TorchCollective().setup(backend="gloo", **timeout)
+    world = TorchCollective().setup(backend="gloo", **timeout)
+    world.broadcast_object_list(states := [state], 0)
+    (state,) = states
     player_ranks, trainer_ranks = range(args.num_players), range(args.num_players, world_size)
     backend = "nccl" if args.cuda else "gloo"
     players = TorchCollective().create_group(ranks=list(player_ranks), **timeout)
     trainers = TorchCollective().create_group(ranks=list(trainer_ranks), backend=backend, **timeout)
     rollout_groups = [TorchCollective().create_group(ranks=[p, *trainer_ranks], **timeout) for p in player_ranks]
     parameter_group = TorchCollective().create_group(ranks=[*player_ranks, trainer_ranks[0]], **timeout)
-    TorchCollective().create_group(**timeout).broadcast_object_list(states := [state], 0)
-    (state,) = states
 
     # environments, each with a seed of its own, also of a resumed run; a trainer only looks at their spaces
     video_dir = f"{run_dir}/videos/train-from-step-{state['global_step'] if state else 0}"
@@ -1020,6 +1040,7 @@ def main(args: Args) -> None:
         envs.close()
         groups = (trainers, rollout_groups, parameter_group)
         stopping = train(args, agent, signals, state, num_iterations, *groups)
+    world.barrier()  # launchers end the others if one leaves, and player 0 has been writing
     time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)
     if stopping:
         raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_torch_ddp as ppo
-from launch import ROOT, Command, fabric_run, run
+from launch import ROOT, Command, fabric_run, run, torchrun
 from test_launch import DECOUPLED, FABRIC, LAUNCHERS, NAMES, SLOW, TORCH, cases, fails_with_one_line
 
 CLOCK = ["--env-id", "toy_envs:Clock-v0", "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 2]
@@ -33,9 +33,9 @@ def load(path: Path) -> dict:
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All (step, value) of the only run below a folder, as TensorBoard shows them, but the times."""
+    """All (step, value) of the only run below a folder but the times; nothing is left out as out of order."""
     (events,) = {path.parent for path in folder.rglob("events.*")}
-    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     tags = [tag for tag in accumulator.Tags()["scalars"] if not tag.startswith("Time/")]
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
 
@@ -62,18 +62,15 @@ def assert_equal(a, b, path: str = "") -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
-STOPPED = [(TORCH, 1, []), (DECOUPLED, 3, ["--num-players", 2])]
-STOPPED_TOO = [
-    (TORCH, 2, ["--share-data"]),
-    (TORCH, 2, ["--optimizer", "rmsprop"]),
-    (FABRIC, 2, []),
-    (DECOUPLED, 3, []),
-]
-STOPPED += [pytest.param(*case, marks=SLOW) for case in STOPPED_TOO]
+STOPPED = [(TORCH, 1, 0, []), (DECOUPLED, 3, 2, ["--num-players", 2])]
+MORE = [(TORCH, 2, 1, ["--share-data"]), (TORCH, 2, 0, ["--optimizer", "rmsprop"]), (FABRIC, 2, 0, [])]
+STOPPED += [pytest.param(*case, marks=SLOW) for case in [*MORE, (DECOUPLED, 3, 0, [])]]
 
 
-@pytest.mark.parametrize("file, ranks, switches", STOPPED, **NAMES)
-def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(tmp_path, file, ranks, switches):
+@pytest.mark.parametrize("file, ranks, stopped_rank, switches", STOPPED, **NAMES)
+def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(
+    tmp_path, file, ranks, stopped_rank, switches
+):
     """Stopped by SIGTERM to one rank wherever it happens to be; episodes end where the rollouts do."""
     actors = 2 if "--num-players" in switches else 1 if file == DECOUPLED else ranks
     flags = [file, *CLOCK, "--total-timesteps", 100 * actors * 4 * 16, *switches]
@@ -82,7 +79,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(tmp_pa
     straight = Command([*LAUNCHERS[file](ranks), *flags], cwd=tmp_path / "straight")
     stopped = Command([*LAUNCHERS[file](ranks), *flags], cwd=tmp_path / "stopped")
     wait_for(lambda: checkpoints(tmp_path / "stopped"))
-    os.kill(stopped.rank_pid(ranks - 1) if ranks > 1 else stopped.process.pid, signal.SIGTERM)
+    os.kill(stopped.rank_pid(stopped_rank) if ranks > 1 else stopped.process.pid, signal.SIGTERM)
     status, output = stopped.finish()
     assert status == (143 if ranks == 1 else 1), output
     last = checkpoints(tmp_path / "stopped")[-1]
@@ -131,6 +128,18 @@ ALL = [pytest.param(TORCH, 2, marks=SLOW), pytest.param(FABRIC, 2, marks=SLOW), 
 
 
 @pytest.mark.parametrize("file, ranks", ALL, **NAMES)
+def test_rank_0_writes_its_checkpoint_before_the_others_leave(tmp_path, file, ranks):
+    """A rank that leaves makes the launcher send a signal to the others, here long after the first one."""
+    flags = ["--num-steps", 20_000, "--update-epochs", 1, "--hidden-sizes", 1024, 1024, "--checkpoint-every", 1]
+    flags += ["--per-rank-batch-size", 5000, "--total-timesteps", 10**8]
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    (first,) = wait_for(lambda: checkpoints(tmp_path), timeout=90)
+    os.kill(command.rank_pid(0), signal.SIGTERM)
+    status, output = command.finish(timeout=60)
+    assert status != 0 and "stopped by a signal" in output and checkpoints(tmp_path)[-1] != first, output
+
+
+@pytest.mark.parametrize("file, ranks", ALL, **NAMES)
 def test_the_launcher_passes_a_signal_on(tmp_path, file, ranks):
     flags = [*TINY, "--total-timesteps", 10**7, "--vec-env", "async", "--checkpoint-every", 10**6]
     command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
@@ -141,32 +150,36 @@ def test_the_launcher_passes_a_signal_on(tmp_path, file, ranks):
     assert status != 0 and "stopped by a signal" in output and len(checkpoints(tmp_path)) == 1, output
 
 
-def kill_and_finish(file: Path, ranks: int, flags: list, kills: list[tuple[int, float]], folder: Path) -> str:
-    """Kill ranks, each some seconds after a first new checkpoint; what the runs of one command print.
+def kill_and_finish(file: Path, ranks: int, flags: list, kills: list[tuple[int, float]], folder: Path) -> None:
+    """Kill ranks, each some seconds after a new checkpoint; nothing that was in a checkpoint may be lost.
 
     torchrun restarts them by itself, `fabric run` is started again.
     """
-    output, launcher = "", LAUNCHERS[file](ranks)
+    output, launcher, newest, written = "", LAUNCHERS[file](ranks), None, []
     if file == TORCH:
         launcher = [*launcher[:1], f"--max-restarts={len(kills)}", *launcher[1:]]
     command = Command([*launcher, file, *flags], cwd=folder)
     for rank, delay in kills:
-        newest = checkpoints(folder)[-1:]
-        wait_for(lambda newest=newest: checkpoints(folder)[-1:] != newest, timeout=90)
+        newest = wait_for(lambda old=newest: [path for path in checkpoints(folder)[-1:] if path != old], timeout=90)[0]
         time.sleep(delay)
+        written.append(int(checkpoints(folder)[-1].stem.removeprefix("step-")))
         os.kill(command.rank_pid(rank), signal.SIGKILL)
         if file != TORCH:
             status, printed = command.finish(timeout=30)
             output += printed
             assert status != 0, output
             command = Command([*fabric_run(ranks), file, *flags], cwd=folder)
+        newest = checkpoints(folder)[-1]
     status, printed = command.finish(timeout=600)
-    assert status == 0, output + printed
-    return output + printed
+    output += printed
+    assert status == 0, output
+    resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", output)]
+    assert len(resumed) == len(kills), output
+    assert all(after >= before for before, after in zip(written, resumed, strict=True)), (written, resumed)
 
 
-def assert_whole(folder: Path, rows: int, every: int, rollout: int) -> None:
-    """The right number of steps, a point for each iteration, and never more lost than an interval."""
+def assert_whole(folder: Path, rows: int, rollout: int) -> None:
+    """The right number of steps, and a point for each iteration, none twice."""
     assert load(checkpoints(folder)[-1])["rows"] == rows
     logs = curves(folder)
     assert len(logs["Info/learning_rate"]) == rows // rollout
@@ -175,33 +188,33 @@ def assert_whole(folder: Path, rows: int, every: int, rollout: int) -> None:
         assert steps == sorted(set(steps)), tag
 
 
-KILLS = [(TORCH, 2, [(1, 0.3)]), pytest.param(FABRIC, 2, [(0, 0.1)], marks=SLOW), (DECOUPLED, 3, [(2, 0.2)])]
+KILLS = [(TORCH, 2, (1, 0.3), []), (DECOUPLED, 3, (0, 0.2), [])]
+MORE_KILLS = [(FABRIC, 2, (0, 0.1), []), (DECOUPLED, 4, (3, 0.2), ["--num-players", 2, "--overlap", "--eval-every", 7])]
+KILLS += [pytest.param(*case, marks=SLOW) for case in MORE_KILLS]
 
 
-@pytest.mark.parametrize("file, ranks, kills", KILLS, **NAMES)
-def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kills):
-    actors = 1 if file == DECOUPLED else ranks
-    rows, rollout = 200 * actors * 4 * 16, actors * 4 * 16
-    flags = [*TINY, "--total-timesteps", rows, "--eval-episodes", 1, "--checkpoint-every", 10, "--resume", "auto"]
-    output = kill_and_finish(file, ranks, flags, kills, tmp_path)
-    assert len(re.findall("resuming", output)) == len(kills), output
-    assert_whole(tmp_path, rows, 10, rollout)
+@pytest.mark.parametrize("file, ranks, kill, switches", KILLS, **NAMES)
+def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kill, switches):
+    actors = 2 if "--num-players" in switches else 1 if file == DECOUPLED else ranks
+    rollout = actors * 4 * 16
+    flags = [*TINY, "--total-timesteps", 200 * rollout, "--eval-episodes", 1, "--checkpoint-every", 10, *switches]
+    kill_and_finish(file, ranks, [*flags, "--resume", "auto"], [kill], tmp_path)
+    assert_whole(tmp_path, 200 * rollout, rollout)
 
 
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
-def test_twenty_kills_and_a_solved_cartpole(tmp_path, file, ranks):
-    """Each rank in turn, at random moments, in runs of four or five kills."""
-    moments = torch.rand(20).tolist()
-    for number in range(4):
-        kills = [((number * 5 + i) % ranks, 2 * moments[number * 5 + i]) for i in range(5)]
+@pytest.mark.parametrize("file, ranks, runs", [(TORCH, 2, 4), (FABRIC, 2, 1), (DECOUPLED, 3, 1)], **NAMES)
+def test_many_kills_and_a_solved_cartpole(tmp_path, file, ranks, runs):
+    """Each rank in turn, at random moments, five kills a run: twenty under torchrun."""
+    moments = torch.rand(runs, 5)
+    for number in range(runs):
+        kills = [((number * 5 + i) % ranks, 2 * float(moments[number, i])) for i in range(5)]
         folder = tmp_path / str(number)
         folder.mkdir()
-        output = kill_and_finish(file, ranks, ["--resume", "auto", "--checkpoint-every", 5], kills, folder)
-        assert len(re.findall("resuming", output)) == 5, output
-        actors = 1 if file == DECOUPLED else ranks
-        assert_whole(folder, 100_000 // (actors * 512) * actors * 512, 5, actors * 512)
+        kill_and_finish(file, ranks, ["--resume", "auto", "--checkpoint-every", 5], kills, folder)
+        rollout = (1 if file == DECOUPLED else ranks) * 512
+        assert_whole(folder, 100_000 // rollout * rollout, rollout)
         assert curves(folder)["Test/cumulative_reward"][-1][1] >= 475
 
 
@@ -220,6 +233,8 @@ def test_the_last_checkpoints_and_the_best_are_kept(trained):
     (best,) = trained.rglob("best.pt")
     returns = [value for _, value in curves(trained)["Test/cumulative_reward"]]
     assert len(returns) == 8 and load(best)["best_return"] == pytest.approx(max(returns))
+    output = run([sys.executable, TORCH, "--evaluate", best], cwd=best.parent)
+    assert f"greedy return {max(returns):.2f} +-" in output
     assert not list(trained.rglob("incomplete"))
 
 
@@ -246,7 +261,7 @@ def test_a_run_goes_on_with_other_ranks_and_in_another_file(trained, tmp_path):
         last = checkpoints(tmp_path)[-1]
         command = [*LAUNCHERS[file](ranks), file, *flags, last, "--total-timesteps", rows]
         output = run(command, cwd=tmp_path)
-        assert ("num_actors" in output) == ((file, ranks) in ((TORCH, 2), (FABRIC, 1))), output
+        assert re.search(r"world_size \d -> \d", output), output
         assert f"total_timesteps {rows - 1024} -> {rows}" in output
         assert load(checkpoints(tmp_path)[-1])["rows"] == rows
     assert len({path.parent for path in tmp_path.rglob("events.*")}) == 1  # all of it in one directory
@@ -309,7 +324,7 @@ def test_a_bad_checkpoint_is_refused(trained, tmp_path, monkeypatch, how):
     flags, said = BAD[how]
     args = ppo.Args(resume=str(path), **{"hidden_sizes": (8,)} | flags)
     with pytest.raises(SystemExit, match=re.escape(said)) as refusal:
-        _, state = ppo.open_run(args, "logs", 1)
+        _, state = ppo.open_run(args, "logs", {"num_actors": 1, "world_size": 1})
         ppo.restore(state, ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args))
     assert "\n" not in str(refusal.value) and not (tmp_path / "owned").exists()
 
@@ -350,7 +365,7 @@ def test_the_writer_killed_while_it_writes_a_checkpoint(tmp_path, file):
     assert status != 0 and [load(path)["rows"] for path in checkpoints(tmp_path)] == [5 * 64, 10 * 64]
     assert len(list(tmp_path.rglob("incomplete"))) == 1
     run([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
-    assert_whole(tmp_path, 2048, 5, 64)
+    assert_whole(tmp_path, 2048, 64)
     assert not list(tmp_path.rglob("incomplete"))
 
 
@@ -428,8 +443,26 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, ranks)
     assert status != 0 and re.search("[Tt]imed out", output), output
 
 
-def test_nothing_that_is_not_finite_reaches_the_parameters(tmp_path):
-    flags = [*TINY, "--checkpoint-every", 1, "--learning-rate", 1e30, "--no-anneal-lr"]
-    fails_with_one_line([sys.executable, TORCH, *flags], tmp_path, "not finite: ")
-    for path in checkpoints(tmp_path):
-        assert all(tensor.isfinite().all() for tensor in load(path)["agent"].values())
+def test_nothing_that_is_not_finite_reaches_the_parameters():
+    args = ppo.Args(update_epochs=2, per_rank_batch_size=8)
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args)
+    flat = ppo.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([flat], fused=True)
+    names = ("log_probs", "values", "advantages", "returns")
+    batch = {"obs": torch.randn(32, 4), "actions": torch.zeros(32, 1, dtype=torch.int64)}
+    batch |= {name: torch.randn(32) for name in names} | {"valid": torch.ones(32, dtype=torch.bool)}
+    ppo.update(agent, optimizer, batch, args, torch.Generator(), 0, 1)
+    before = flat.detach().clone()
+    batch["advantages"][:] = torch.inf
+    means = ppo.update(agent, optimizer, batch, args, torch.Generator(), 0, 1)
+    assert not means.isfinite().all() and torch.equal(flat, before)
+    assert next(iter(optimizer.state.values()))["step"] == 2 * 4  # of the first update
+
+
+def test_a_simulator_that_hangs_is_no_orphan(tmp_path):
+    flags = ["--env-id", "toy_envs:Hangs-v0", "--vec-env", "async", "--eval-episodes", 0]
+    command = Command([*torchrun(2), TORCH, *flags], cwd=tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    wait_for(lambda: list(tmp_path.rglob("events.*")))
+    time.sleep(1)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.finish(timeout=20)[0] != 0

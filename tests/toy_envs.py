@@ -1,6 +1,7 @@
 """Environments whose right answer is known, registered as `toy_envs:NAME-v0`."""
 
 import os
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -105,6 +106,15 @@ class Dies(OneAStep):
         return super().step(action)
 
 
+class Hangs(OneAStep):
+    """Never comes back from its fifth step."""
+
+    def step(self, action):
+        while self.steps == 5:
+            time.sleep(1)
+        return super().step(action)
+
+
 class Puzzle(gym.Env):
     """Shows one of four observations of a space at random and pays how near the action is to the one that it asks for.
 
@@ -161,6 +171,7 @@ gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
 gym.register("Clock-v0", Clock, kwargs={"length": 15, "terminates": False})
 gym.register("WrongShape-v0", WrongShape)
 gym.register("Dies-v0", Dies)
+gym.register("Hangs-v0", Hangs)
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
@@ -199,5 +210,5 @@ def puzzle_flags(name: str) -> dict:
     """
     image = "Channels" in name or "Stacked" in name
     flags = {"env_id": f"toy_envs:{name}-v0", "num_steps": 32, "gamma": 0.0, "update_epochs": 4, "log_std_init": -1.0}
-    flags |= {"total_timesteps": 8192 if image else 16384, "learning_rate": 5e-4 if image else 3e-3}
+    flags |= {"total_timesteps": 8192 if image else 16384, "learning_rate": 3e-4 if image else 3e-3}
     return flags | {"normalize_advantages": False}
