@@ -652,7 +652,13 @@ def main(args: Args) -> None:
     if args.cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=timedelta(seconds=args.dist_timeout))
+        # torchrun's store keeps the ranks' addresses of before a restart (PyTorch issue 135712); on several machines,
+        # whose counts of restarts may differ, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
+        store = dist.PrefixStore(f"restart-{restart}", next(dist.rendezvous("env://", rank, world_size))[0])
+        backend, timeout = "nccl" if args.cuda else "gloo", timedelta(seconds=args.dist_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         dist.broadcast_object_list(states := [state])
         (state,) = states
     torch.set_num_threads(args.num_threads)
