@@ -574,13 +574,11 @@ def open_run(args: Args, logs: str, ranks: dict[str, int]) -> tuple[str, dict | 
         run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??"), default=run_dir)
         path = (list_checkpoints(run_dir) or [""])[-1]
     if not path:
-        truncate_logs(run_dir, 0)
         return run_dir, None
     state = load_checkpoint(path)
     folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     if os.path.abspath(path) in list_checkpoints(folder)[-1:]:
         run_dir = os.path.relpath(folder)
-        truncate_logs(run_dir, state["global_step"])
     now, then = vars(args) | ranks, state["args"] | state["ranks"]
     changes = {k: f"{k} {v} -> {now[k]}" for k, v in then.items() if k != "resume" and now.get(k, v) != v}
     for name in changes.keys() & {"env_id", "optimizer"}:
@@ -688,6 +686,7 @@ def main(args: Args) -> None:
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
     # logs
     if rank == 0:
+        truncate_logs(run_dir, global_step)
         writer = SummaryWriter(run_dir)
         flags = "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items())
         writer.add_text("hyperparameters", flags, global_step)
