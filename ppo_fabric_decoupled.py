@@ -16,14 +16,21 @@ Add --accelerator=cpu to `fabric run` on a machine with some GPUs, but fewer tha
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
+import atexit
+import io
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
+from glob import escape, glob
 from importlib import import_module
 from itertools import pairwise
 from typing import Literal
@@ -34,12 +41,15 @@ import torch
 import tyro
 from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins.collectives import TorchCollective
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Tensors, Optimizer = dict[str, Tensor], torch.optim.Optimizer
+CHECKPOINT_VERSION = 1
 
 
 @dataclass
@@ -51,6 +61,10 @@ class Args:
     capture_video: bool = False  # record the first environment of rank 0, and of the evaluation, under the run's folder
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
+    checkpoint_every: int = 20  # write a checkpoint every so many iterations (0: only at the end)
+    keep_checkpoints: int = 3  # keep so many of the last checkpoints, and with eval_every the best one
+    resume: str = ""  # go on from this checkpoint; `auto`: from the last one of the newest run of this name
+    evaluate: str = ""  # play the agent of this checkpoint, with the flags that it was trained with, and stop
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
     env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
@@ -87,14 +101,16 @@ class Args:
     num_players: int = 1  # ranks that step environments: the first ones; all others train
     overlap: bool = False  # collect the next rollout while the trainers work on the last, by a policy an update older
     player_on_gpu: bool = False  # with cuda, let the players act on a GPU each too
+    dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
     cuda: bool = False  # train on one GPU per training rank (NCCL); the environments stay on the CPU
 
     def __post_init__(self) -> None:
         for names, low, high in (
             ("num_envs total_timesteps update_epochs hidden_sizes per_rank_batch_size num_threads", 1, math.inf),
+            ("keep_checkpoints dist_timeout", 1, 1e9),
             ("num_steps", 2, math.inf),  # of two steps of an environment one at least is no reset
             ("seed", 0, 2**31),
-            ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
+            ("eval_every eval_episodes checkpoint_every ent_coef vf_coef", 0, math.inf),
             ("learning_rate clip_coef max_grad_norm target_kl", 1e-30, math.inf),
             ("log_std_init", -20, 20),
             ("gamma gae_lambda", 0, 1),
@@ -103,6 +119,14 @@ class Args:
                 for value in np.ravel(getattr(self, name)):
                     if value is not None and not (low <= value <= high and value < math.inf):
                         raise SystemExit(f"error: --{name.replace('_', '-')} must be in {low} .. {high}, not {value}")
+
+
+def make_env(env_id: str, kwargs: dict) -> gym.Env:
+    """One environment. In a process of its own it leaves signals, which launchers send to all, to its rank."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return gym.make(env_id, **kwargs)
 
 
 def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, np.ndarray]:
@@ -134,9 +158,9 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True) if video_dir else envs
         else:
             vectorize = gym.vector.AsyncVectorEnv if args.vec_env == "async" else gym.vector.SyncVectorEnv
-            makers = [partial(gym.make, env_id, **kwargs)] * num_envs
+            makers = [partial(make_env, env_id, kwargs)] * num_envs
             if video_dir:
-                makers[0] = lambda: gym.wrappers.RecordVideo(gym.make(env_id, **video, **kwargs), video_dir)
+                makers[0] = lambda: gym.wrappers.RecordVideo(make_env(env_id, kwargs | video), video_dir)
             envs = vectorize(makers)
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)
@@ -322,9 +346,13 @@ def collect_rollout(
     episodes, episode_return, episode_length = [], array["episode_return"], array["episode_length"]
     for t, step_noise in enumerate(noise):
         actions = agent.act(agent.normalize(obs[t].to(device)), step_noise).cpu()
-        next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
-        done = terminated | truncated
-        array["obs"][t + 1], array["dones"][t + 1] = next_obs.reshape(obs.shape[1:]), done
+        try:
+            next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
+            array["obs"][t + 1] = next_obs.reshape(obs.shape[1:])
+        except Exception as error:  # of a simulator of one's own, or a lost process of AsyncVectorEnv
+            traceback.print_exc()
+            raise SystemExit(f"error: {args.env_id}: {type(error).__name__}: {error}") from error
+        array["dones"][t + 1] = done = terminated | truncated
         array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
         episode_return += reward
         episode_length += ~array["dones"][t]
@@ -433,8 +461,10 @@ def update(
             flat.grad.zero_()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(flat, args.max_grad_norm, foreach=False)  # one tensor: 2% faster
-            optimizer.step()
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
+            if not math.isfinite(grad_norm):  # that of all ranks, so that all stop here, with their parameters intact
+                return torch.stack(metrics).mean(0)
+            optimizer.step()
         if args.target_kl is not None:
             approx_kl = torch.stack(metrics[-num_minibatches:])[:, 3].mean()
             if group.world_size > 1:
@@ -444,17 +474,19 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
-    """What the ranks add up before an update, (10,) float64.
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]], signals: list) -> Tensor:
+    """What the ranks add up before an update, (11,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Last the rollout's counts of non-finite observations and rewards.
+    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards. Last
+    the count of signals to stop.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
     bad_counts = [(~rollout[name].isfinite()).sum() for name in ("raw_obs", "raw_rewards")]
-    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
+    stop = advantages.new_tensor(len(signals))
+    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts, stop])
 
 
 def pack(batch: Tensors) -> Tensor:
@@ -487,12 +519,139 @@ def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) 
     return returns
 
 
-def meet(group: TorchCollective, bad: list[float]) -> list[float]:
-    """Wait until a player and all trainers are there, which tells waiting from talking.
+def save_checkpoint(run_dir: str, name: str, agent: Agent, optimizer_state: dict, counters: dict, args: Args) -> None:
+    """Write a file that is whole or not there, whatever ends the program meanwhile; remove the oldest ones."""
+    state = {"version": CHECKPOINT_VERSION, "agent": agent.state_dict(), "optimizer": optimizer_state}
+    torch.save(state | counters | {"args": vars(args)}, buffer := io.BytesIO())
+    folder = f"{run_dir}/checkpoints"
+    path, incomplete = f"{folder}/{name}.pt", f"{folder}/incomplete"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(incomplete, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(incomplete, path)
+    except OSError as error:
+        if os.path.exists(incomplete):
+            os.remove(incomplete)
+        raise SystemExit(f"error: cannot write {path}: {error.strerror}; earlier checkpoints are whole") from error
+    for old in list_checkpoints(run_dir)[: -args.keep_checkpoints]:
+        os.remove(old)
 
-    The player brings its counts of non-finite observations and rewards, the trainers zeros; all get the player's.
+
+def load_checkpoint(path: str) -> dict:
+    """Read what `save_checkpoint` wrote, without running code of it; end the program where it is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise SystemExit(f"error: cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch has many for a file that is none of its own
+        raise SystemExit(f"error: {path} is damaged, or not of these files ({type(error).__name__})") from error
+    if version != CHECKPOINT_VERSION:
+        raise SystemExit(f"error: {path} is of version {version}, this file reads version {CHECKPOINT_VERSION}")
+    return state
+
+
+def list_checkpoints(run_dir: str) -> list[str]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(glob(f"{escape(run_dir)}/checkpoints/step-*.pt"))
+
+
+def truncate_logs(run_dir: str, global_step: int) -> None:
+    """Take what a lost run has logged after its checkpoint out of its logs, so that no step is there twice."""
+    for path in glob(f"{escape(run_dir)}/events.*"):
+        end = 0
+        for event in RawEventFileLoader(path).Load():
+            if Event.FromString(event).step > global_step:
+                break
+            end += len(event) + 16  # length and checksums
+        os.truncate(path, end)
+
+
+def open_run(args: Args, logs: str, ranks: dict[str, int]) -> tuple[str, dict | None]:
+    """The folder of a run below `logs`, and the checkpoint that it goes on from, if `resume` finds one.
+
+    It goes on in the folder of its checkpoint if that is the newest there; from an older one it branches into a new
+    folder. `ranks` are the counts of those that step environments and of all.
     """
-    return group.all_reduce(torch.tensor(bad, dtype=torch.float64)).tolist()
+    name = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
+    run_dir, path = f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", args.resume
+    if path == "auto":
+        run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??"), default=run_dir)
+        path = (list_checkpoints(run_dir) or [""])[-1]
+    if not path:
+        return run_dir, None
+    state = load_checkpoint(path)
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    if os.path.abspath(path) in list_checkpoints(folder)[-1:]:
+        run_dir = os.path.relpath(folder)
+    now, then = vars(args) | ranks, state["args"] | state["ranks"]
+    changes = {k: f"{k} {v} -> {now[k]}" for k, v in then.items() if k != "resume" and now.get(k, v) != v}
+    for name in changes.keys() & {"env_id", "optimizer"}:
+        raise SystemExit(f"error: --resume {path} is of another run: {changes[name]}")
+    changed = ", changed: " + ", ".join(changes.values()) if changes else ""
+    print(f"resuming {path} at step {state['global_step']}{changed}", flush=True)
+    return run_dir, state
+
+
+def restore(state: dict, agent: Agent, optimizer: Optimizer | None = None) -> None:
+    """Load a checkpoint's parameters and normalisers, and the optimizer's state."""
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise SystemExit(f"error: the checkpoint is of another agent: {' '.join(str(error).split())}") from error
+    if optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """Play a saved agent on the CPU, with the arguments that it was trained with where the command line gives none."""
+    state = load_checkpoint(args.evaluate)
+    trained = {k: v for k, v in state["args"].items() if k in vars(args) and k not in ("capture_video", "resume")}
+    args = tyro.cli(Args, default=Args(**trained))
+    if args.eval_episodes == 0:
+        raise SystemExit("error: --evaluate needs --eval-episodes")
+    envs, _ = make_envs(args, 1, args.seed)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    envs.close()
+    restore(state, agent)
+    torch.set_num_threads(args.num_threads)
+    video_dir = f"{os.path.splitext(args.evaluate)[0]}-videos" if args.capture_video else None
+    returns = evaluate(agent, args, args.seed + state["ranks"]["num_actors"] * args.num_envs, video_dir)
+    print(f"step {state['global_step']}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
+    if video_dir:
+        print(f"videos: {video_dir}")
+
+
+def catch_signals() -> list[tuple[int, float]]:
+    """The SIGINT and SIGTERM received from now on, with their times: the run is to stop after the iteration.
+
+    A later one ends the process at once, unless it comes within a second of the first: a scheduler and a launcher may
+    both pass one on. AsyncVectorEnv's processes, which ignore both, are killed when this one exits.
+    """
+    received = []
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
+
+    def handle(number: int, _) -> None:
+        if received and time.monotonic() > received[0][1] + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append((number, time.monotonic()))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
+
+
+def meet(group: TorchCollective, bad_and_stop: list[float]) -> list[float]:
+    """Wait until a player and all trainers are there, which tells waiting from talking; add up what they bring.
+
+    The player brings its counts of non-finite observations and rewards and of signals to stop, the trainers two zeros
+    and their counts of signals.
+    """
+    return group.all_reduce(torch.tensor(bad_and_stop, dtype=torch.float64)).tolist()
 
 
 def stop_if_bad(bad: list[float], iteration: int) -> None:
@@ -501,10 +660,12 @@ def stop_if_bad(bad: list[float], iteration: int) -> None:
         raise SystemExit(f"error: iteration {iteration}: not finite: {bad[0]:.0f} observations, {bad[1]:.0f} rewards")
 
 
-def stop_if_diverged(means: Tensor, iteration: int) -> None:
-    """End this rank, as all others do, if an update's means are not finite."""
-    if not means.isfinite().all():
-        raise SystemExit(f"error: iteration {iteration}: the loss or its gradient is not finite")
+def stop_if_diverged(flat: Tensor, means: Tensor, iteration: int) -> None:
+    """End this rank, as all others do, if an update's means or the parameters are not finite."""
+    names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
+    bad = [name for name, finite in zip(names, means.isfinite().tolist(), strict=True) if not finite]
+    if bad or not flat.isfinite().all():
+        raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
 
 
 def batch_like(agent: Agent) -> Tensors:
@@ -550,51 +711,78 @@ def recenter(agent: Agent, batch: Tensors) -> None:
     batch["log_probs"] = log_probs
 
 
-def send_parameters(flat: Tensor, means: Tensor, seconds: list[float], args: Args, group: TorchCollective) -> None:
-    """Send all players one message: the parameters, the means of the update, and the seconds that the trainer took."""
+def checkpoint_due(args: Args, iteration: int, last: int) -> bool:
+    """Whether a checkpoint may be written after an iteration, for which player 0 needs the optimizer's state."""
+    return iteration == last or any(n and iteration % n == 0 for n in (args.checkpoint_every, args.eval_every))
+
+
+def send_parameters(
+    flat: Tensor, means: Tensor, seconds: list[float], optimizer: Optimizer | None, args: Args, group: TorchCollective
+) -> None:
+    """Send all players one message: the parameters, the means of the update, and the seconds that the trainer took.
+
+    For a checkpoint the optimizer's state follows.
+    """
     group.barrier()
     group.broadcast(torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)]), args.num_players)
+    if optimizer:
+        state = optimizer.state_dict()
+        state["state"] = {i: {k: v.cpu() for k, v in tensors.items()} for i, tensors in state["state"].items()}
+        group.broadcast_object_list([state], args.num_players)
 
 
 def play(
-    args: Args, agent: Agent, envs: VectorEnv, first_obs: np.ndarray, generator: Generator, num_iterations: int,
-    run_dir: str, players: TorchCollective, rollout_group: TorchCollective, parameter_group: TorchCollective,
-) -> None:  # fmt: skip
+    args: Args, agent: Agent, envs: VectorEnv, first_obs: np.ndarray, signals: list, state: dict | None, run_dir: str,
+    num_iterations: int, players: TorchCollective, rollout_group: TorchCollective, parameter_group: TorchCollective,
+) -> bool:  # fmt: skip
     """A player's run: collect a rollout, send it to the trainers, receive parameters; player 0 logs and evaluates.
 
     What the trainers have to say of an iteration comes with the parameters that it ended with, which is one iteration
-    later with `overlap`. So there is one more turn then, without a rollout.
+    later with `overlap`. So there is one more turn then, without a rollout. Returns whether a signal ended the run.
     """
     rank, lag, first_trainer = players.rank, int(args.overlap), args.num_players
     num_trainers = rollout_group.world_size - 1
-    storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
+    storage, generator = make_storage(args.num_steps, args.num_envs, agent, first_obs), Generator()
     flat = flatten_parameters(agent).data
     message = torch.empty(len(flat) + 6 + 3)  # parameters, means of the update, times of the first trainer
+    rollout_size = args.num_players * args.num_envs * args.num_steps
+    # counters of the run; rows are those of resets too, which global_step leaves out
+    names = ("rows", "global_step", "best_return")
+    rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
+    first, last, played_rows = math.ceil(rows / rollout_size) + 1, num_iterations, rows
 
     # logs
     if rank == 0:
+        truncate_logs(run_dir, global_step)
         writer = SummaryWriter(run_dir)
-        writer.add_text("hyperparameters", "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items()))
-        rollout_size = args.num_players * args.num_envs * args.num_steps
-        progress = tqdm(total=num_iterations * rollout_size, unit="step", disable=not sys.stderr.isatty())
-    global_step, mean_return, test_return, pending = 0, math.nan, math.nan, []
+        flags = "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items())
+        writer.add_text("hyperparameters", flags, global_step)
+        total = num_iterations * rollout_size
+        progress = tqdm(initial=rows, total=total, unit="step", disable=not sys.stderr.isatty())
+        if first > num_iterations:
+            print(f"nothing left to train: raise --total-timesteps {args.total_timesteps} for more")
+    mean_return, test_return, pending = math.nan, math.nan, []
 
-    for turn in range(1, num_iterations + lag + 1):
+    for turn in range(first, num_iterations + lag + 1 if first <= num_iterations else first):
         start_time = time.perf_counter()
         metrics, wait_seconds, communication_seconds = {}, 0.0, 0.0
-        if turn <= num_iterations:
-            # rollout
+        if turn <= last:
+            # rollout, with a stream of random numbers of its own
+            generator.manual_seed(
+                int(np.random.SeedSequence((args.seed, played_rows)).generate_state(2 * rank + 1)[-1])
+            )
             rollout, episodes = collect_rollout(agent, agent, envs, storage, generator, args)
             names = ("rewards", "values", "terminated", "dones")
             rollout["advantages"] = compute_gae(*(rollout[name] for name in names), args.gamma, args.gae_lambda)
             names = ("obs", "actions", "log_probs", "values", "advantages", "valid")
             batch = {name: rollout[name][: args.num_steps].flatten(0, 1) for name in names}
             batch["returns"] = batch["advantages"] + batch["values"]
+            played_rows += rollout_size
 
             # statistics over all players
-            sums = [batch_sums(batch, rollout, episodes).cpu()]
-            rows = {name: rollout[name][: args.num_steps][rollout["valid"]] for name in agent.normalizers}
-            sums += [normalizer.sums(rows[name]).cpu() for name, normalizer in agent.normalizers.items()]
+            sums = [batch_sums(batch, rollout, episodes, signals).cpu()]
+            valid_rows = {name: rollout[name][: args.num_steps][rollout["valid"]] for name in agent.normalizers}
+            sums += [normalizer.sums(valid_rows[name]).cpu() for name, normalizer in agent.normalizers.items()]
             if args.num_players > 1:
                 time_before = time.perf_counter()
                 players.barrier()  # tells waiting from talking
@@ -602,7 +790,7 @@ def play(
                 for tensor in sums:
                     players.all_reduce(tensor)
                 wait_seconds, communication_seconds = time_ready - time_before, time.perf_counter() - time_ready
-            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad = sums[0].tolist()
+            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad, stop = sums[0].tolist()
             if not any(bad):
                 for normalizer, tensor in zip(agent.normalizers.values(), sums[1:], strict=True):
                     normalizer.merge(tensor)
@@ -612,7 +800,7 @@ def play(
             metrics = {
                 # the advantages are the returns less the values
                 "Loss/explained_variance": 1 - adv_var / ret_var if ret_var else math.nan,
-                "Info/policy_lag": min(turn - 1, lag),
+                "Info/policy_lag": min(turn - first, lag),
                 "Time/rollout": time.perf_counter() - start_time - wait_seconds - communication_seconds,
             }
             if num_episodes:
@@ -620,120 +808,158 @@ def play(
 
             # the trainers get the rollout
             time_before = time.perf_counter()
-            stop_if_bad(meet(rollout_group, bad), turn)
+            *bad, stop = meet(rollout_group, [*bad, stop])
+            stop_if_bad(bad, turn)
+            last = turn if stop else last
             time_ready = time.perf_counter()
             send_rollout(batch, args, rank, num_trainers, rollout_group)
             wait_seconds += time_ready - time_before
             communication_seconds += time.perf_counter() - time_ready
 
         # parameters: of the update on this rollout, or with overlap on the last one
+        iteration, optimizer_states = turn - lag, [None]
         time_before = time.perf_counter()
         parameter_group.barrier()
         time_ready = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
-        stop_if_diverged(message[-9:-3], turn - lag)
+        if checkpoint_due(args, iteration, last):
+            parameter_group.broadcast_object_list(optimizer_states, first_trainer)
+        stop_if_diverged(message[:-9], message[-9:-3], iteration)
         flat.copy_(message[:-9])
         end_time = time.perf_counter()
         metrics["Time/player_wait"] = wait_seconds + time_ready - time_before
         metrics["Time/communication"] = communication_seconds + end_time - time_ready
-        if turn <= num_iterations:
+        if turn <= last:
             metrics["Time/step_per_second"] = count / (end_time - start_time)
             pending = [*pending[-1:], (int(count), metrics)]
+        if iteration < first:
+            continue
 
         # logs: of the iteration that the received means belong to
-        if turn <= lag or rank > 0:
-            continue
-        iteration = turn - lag
         count, metrics = pending.pop(0)
-        global_step += count
-        names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
-        metrics |= dict(zip((f"Loss/{name}" for name in names), message[-9:-3].tolist(), strict=True))
-        times = ("Time/trainer_wait", "Time/trainer_communication", "Time/update")
-        metrics |= dict(zip(times, message[-3:].tolist(), strict=True))
-        decay = 1 - args.anneal_lr * (iteration - 1) / num_iterations
-        metrics |= {"Info/entropy": -metrics["Loss/entropy_loss"], "Info/learning_rate": args.learning_rate * decay}
-        mean_return = metrics.get("Rewards/rew_avg", mean_return)
-        status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
-        progress.set_postfix_str(status, refresh=False)
-        progress.update(rollout_size)  # reset rows included, which global_step leaves out
-        if progress.disable and iteration % max(1, num_iterations // 20) == 0:
-            print(f"step {global_step} of {progress.total}: {status}", flush=True)
-        evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
-        if args.eval_episodes and evaluation_due:
-            video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
-            returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir)
-            metrics["Test/cumulative_reward"] = test_return = returns.mean()
-            progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, global_step)
+        rows, global_step = rows + rollout_size, global_step + count
+        if rank == 0:
+            names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
+            metrics |= dict(zip((f"Loss/{name}" for name in names), message[-9:-3].tolist(), strict=True))
+            times = ("Time/trainer_wait", "Time/trainer_communication", "Time/update")
+            metrics |= dict(zip(times, message[-3:].tolist(), strict=True))
+            decay = 1 - args.anneal_lr * (iteration - 1) / num_iterations
+            metrics |= {"Info/entropy": -metrics["Loss/entropy_loss"], "Info/learning_rate": args.learning_rate * decay}
+            mean_return = metrics.get("Rewards/rew_avg", mean_return)
+            status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(rollout_size)
+            if progress.disable and iteration % max(1, num_iterations // 20) == 0:
+                print(f"step {global_step} of {total}: {status}", flush=True)
+            evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
+            checkpoints = []
+            if args.eval_episodes and evaluation_due and (iteration < last or last == num_iterations):
+                video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
+                returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir)
+                metrics["Test/cumulative_reward"] = test_return = float(returns.mean())
+                progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
+                if args.eval_every and test_return > best_return:
+                    best_return, checkpoints = test_return, ["best"]
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, global_step)
+            if iteration == num_iterations:
+                hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
+                writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".", global_step=global_step)
+            # checkpoints, after what is logged up to here
+            if iteration == last or (args.checkpoint_every and iteration % args.checkpoint_every == 0):
+                checkpoints.append(f"step-{global_step:012d}")
+            start_time = time.perf_counter()
+            for name in checkpoints:
+                writer.flush()
+                ranks = {"num_actors": args.num_players, "world_size": args.num_players + num_trainers}
+                counters = {"rows": rows, "global_step": global_step, "best_return": best_return, "ranks": ranks}
+                save_checkpoint(run_dir, name, agent, optimizer_states[0], counters, args)
+            if checkpoints:
+                writer.add_scalar("Time/checkpoint", time.perf_counter() - start_time, global_step)
+        if iteration == last:
+            break
 
     envs.close()
+    stopping = last < num_iterations
     if rank == 0:
         progress.close()
-        hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
-        writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")
         writer.close()
-        print(f"logs and videos: {run_dir}")
+        if stopping:
+            print(f"stopped by a signal: go on with --resume {run_dir}/checkpoints/{name}.pt")
+        print(f"logs, checkpoints and videos: {run_dir}")
+    return stopping
 
 
 def train(
-    args: Args, agent: Agent, generator: Generator, num_iterations: int, trainers: TorchCollective,
+    args: Args, agent: Agent, signals: list, state: dict | None, num_iterations: int, trainers: TorchCollective,
     rollout_groups: list[TorchCollective], parameter_group: TorchCollective,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """A trainer's run: receive a rollout of each player and update; the first trainer sends the parameters back.
 
     With `overlap` it sends them when it has got the next rollout, so that the players wait for an update only where it
-    takes longer than a rollout; without, they wait for the update on the rollout that they have just sent.
+    takes longer than a rollout; without, they wait for the update on the rollout that they have just sent. Returns
+    whether a signal ended the run.
     """
-    rank, num_trainers = trainers.rank, trainers.world_size
+    rank, num_trainers, generator = trainers.rank, trainers.world_size, Generator()
     like, device = batch_like(agent), next(agent.parameters()).device
     make_optimizer = partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else torch.optim.RMSprop
     flat = flatten_parameters(agent)
     optimizer = make_optimizer([flat], lr=args.learning_rate, eps=1e-5)
+    if state:
+        restore(state, agent, optimizer)
     model = DistributedDataParallel(agent, process_group=trainers.group) if num_trainers > 1 else agent
+    rollout_size, rows = args.num_players * args.num_envs * args.num_steps, state["rows"] if state else 0
+    first, last = math.ceil(rows / rollout_size) + 1, num_iterations
     means, seconds, start_time = torch.zeros(6), [0.0, 0.0, 0.0], time.perf_counter()
 
-    for iteration in range(1, num_iterations + 1):
+    def send(iteration: int) -> None:
+        if rank == 0:
+            saved = optimizer if checkpoint_due(args, iteration, last) else None
+            send_parameters(flat, means, seconds, saved, args, parameter_group)
+        stop_if_diverged(flat, means, iteration)
+
+    for iteration in range(first, num_iterations + 1):
         # rollouts
-        parts, wait_seconds = [], 0.0
+        parts, wait_seconds, stop = [], 0.0, len(signals)  # told all players alike
         for player, group in enumerate(rollout_groups):
             time_before = time.perf_counter()
-            bad = meet(group, [0.0, 0.0])
+            *bad, stops = meet(group, [0.0, 0.0, stop])
             wait_seconds += time.perf_counter() - time_before
             if not any(bad):
                 parts.append(receive_rollout(like, args, player, num_trainers, group))
         stop_if_bad(bad, iteration)
+        last = iteration if stops else last
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
-        if args.overlap and rank == 0:
-            send_parameters(flat, means, seconds, args, parameter_group)
-        stop_if_diverged(means, iteration - 1)
+        if args.overlap:
+            send(iteration - 1)
         received_time = time.perf_counter()
         if args.overlap:
             recenter(agent, batch)
 
-        # update
+        # update, with a stream of random numbers of its own
+        part = 0 if args.share_data else rank
+        generator.manual_seed(int(np.random.SeedSequence((args.seed, rows)).generate_state(2 * part + 2)[-1]))
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
         means = update(model, optimizer, batch, args, generator, trainers)
         if num_trainers > 1:
             trainers.all_reduce(means)
-        means = (means / num_trainers).cpu()
+        means, rows = (means / num_trainers).cpu(), rows + rollout_size
         end_time = time.perf_counter()
         seconds = [wait_seconds, received_time - start_time - wait_seconds, end_time - received_time]
         start_time = end_time  # so that sending parameters counts with the next iteration's communication
-        if not args.overlap:
-            if rank == 0:
-                send_parameters(flat, means, seconds, args, parameter_group)
-            stop_if_diverged(means, iteration)
-    if args.overlap:
-        if rank == 0:
-            send_parameters(flat, means, seconds, args, parameter_group)
-        stop_if_diverged(means, num_iterations)
+        if not args.overlap or iteration == last:
+            send(iteration)
+        if iteration == last:
+            break
+    return last < num_iterations
 
 
 def main(args: Args) -> None:
     # distributed set-up: fabric run starts the processes
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.evaluate:
+        return evaluate_checkpoint(args) if rank == 0 else None
     num_trainers, is_player = world_size - args.num_players, rank < args.num_players
     if args.num_players < 1 or num_trainers < 1:
         raise SystemExit(
@@ -761,6 +987,9 @@ def main(args: Args) -> None:
     if num_iterations == 0:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
 
+    ranks = {"num_actors": args.num_players, "world_size": world_size}
+    run_dir, state = open_run(args, "logs/fabric_decoupled_logs", ranks) if rank == 0 else ("", None)
+
     # devices: players that act on the CPU leave their machine's first GPUs to its trainers
     on_gpu = args.cuda and (args.player_on_gpu or not is_player)
     num_players_here = min(max(args.num_players - (rank - local_rank), 0), local_world_size)
@@ -779,38 +1008,41 @@ def main(args: Args) -> None:
         os.sched_setaffinity(0, {cpus[local_rank]})
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
-    # seeds: streams of their own for each rank's environments, actions and shuffling, but the same parameters for all
-    stream_seeds = np.random.SeedSequence(args.seed).generate_state(2 * world_size).tolist()
-    action_seed, shuffle_seed = stream_seeds[2 * rank], stream_seeds[2 * max(rank - args.num_players, 0) + 1]
-    if args.share_data:
-        shuffle_seed = stream_seeds[1]
+    # groups: rollouts and parameters pass through the hosts, where the rollouts are; gradients stay on their devices
+    timeout = {"timeout": timedelta(seconds=args.dist_timeout)}
+    world = TorchCollective().setup(backend="gloo", **timeout)
+    world.broadcast_object_list(states := [state], 0)
+    (state,) = states
+    player_ranks, trainer_ranks = range(args.num_players), range(args.num_players, world_size)
+    backend = "nccl" if args.cuda else "gloo"
+    players = TorchCollective().create_group(ranks=list(player_ranks), **timeout)
+    trainers = TorchCollective().create_group(ranks=list(trainer_ranks), backend=backend, **timeout)
+    rollout_groups = [TorchCollective().create_group(ranks=[p, *trainer_ranks], **timeout) for p in player_ranks]
+    parameter_group = TorchCollective().create_group(ranks=[*player_ranks, trainer_ranks[0]], **timeout)
 
-    # environments; a trainer only looks at their spaces
-    name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    run_dir = f"logs/fabric_decoupled_logs/{name}"
-    video_dir = f"{run_dir}/videos/train" if args.capture_video and rank == 0 else None
+    # environments, each with a seed of its own, also of a resumed run; a trainer only looks at their spaces
+    video_dir = f"{run_dir}/videos/train-from-step-{state['global_step'] if state else 0}"
     last_seed = args.seed + args.num_players * args.num_envs + args.eval_episodes + rank
-    num_envs, env_seed = (args.num_envs, args.seed + rank * args.num_envs) if is_player else (1, last_seed)
-    envs, first_obs = make_envs(args, num_envs, env_seed, video_dir)
+    env_seed = args.seed + (state["rows"] if state else 0) + rank * args.num_envs
+    num_envs, env_seed = (args.num_envs, env_seed) if is_player else (1, last_seed)
+    envs, first_obs = make_envs(args, num_envs, env_seed, video_dir if args.capture_video and rank == 0 else None)
+    signals = catch_signals()
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
 
-    # groups: rollouts and parameters pass through the hosts, where the rollouts are; gradients stay on their devices
-    TorchCollective().setup(backend="gloo")
-    player_ranks, trainer_ranks = range(args.num_players), range(args.num_players, world_size)
-    players = TorchCollective().create_group(ranks=list(player_ranks))
-    trainers = TorchCollective().create_group(ranks=list(trainer_ranks), backend="nccl" if args.cuda else "gloo")
-    rollout_groups = [TorchCollective().create_group(ranks=[player, *trainer_ranks]) for player in player_ranks]
-    parameter_group = TorchCollective().create_group(ranks=[*player_ranks, trainer_ranks[0]])
-
     if is_player:
-        generator, groups = Generator().manual_seed(action_seed), (players, rollout_groups[rank], parameter_group)
-        play(args, agent, envs, first_obs, generator, num_iterations, run_dir, *groups)
+        if state:
+            restore(state, agent)
+        groups = (players, rollout_groups[rank], parameter_group)
+        stopping = play(args, agent, envs, first_obs, signals, state, run_dir, num_iterations, *groups)
     else:
         envs.close()
-        generator = Generator().manual_seed(shuffle_seed)
-        train(args, agent, generator, num_iterations, trainers, rollout_groups, parameter_group)
+        groups = (trainers, rollout_groups, parameter_group)
+        stopping = train(args, agent, signals, state, num_iterations, *groups)
+    world.barrier()  # launchers end the others if one leaves, and player 0 has been writing
     time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)
+    if stopping:
+        raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
 if __name__ == "__main__":

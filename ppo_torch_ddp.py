@@ -12,14 +12,21 @@ In plain torch.distributed and DistributedDataParallel, with one process, two on
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
+import atexit
+import io
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
+from glob import escape, glob
 from importlib import import_module
 from itertools import pairwise
 from typing import Literal
@@ -29,12 +36,15 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import Generator, Tensor, distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Tensors, Optimizer = dict[str, Tensor], torch.optim.Optimizer
+CHECKPOINT_VERSION = 1
 
 
 @dataclass
@@ -46,6 +56,10 @@ class Args:
     capture_video: bool = False  # record the first environment of rank 0, and of the evaluation, under the run's folder
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
+    checkpoint_every: int = 20  # write a checkpoint every so many iterations (0: only at the end)
+    keep_checkpoints: int = 3  # keep so many of the last checkpoints, and with eval_every the best one
+    resume: str = ""  # go on from this checkpoint; `auto`: from the last one of the newest run of this name
+    evaluate: str = ""  # play the agent of this checkpoint, with the flags that it was trained with, and stop
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
     env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
@@ -79,14 +93,16 @@ class Args:
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
     num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
+    dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
     cuda: bool = False  # train on one GPU per training rank (NCCL); the environments stay on the CPU
 
     def __post_init__(self) -> None:
         for names, low, high in (
             ("num_envs total_timesteps update_epochs hidden_sizes per_rank_batch_size num_threads", 1, math.inf),
+            ("keep_checkpoints dist_timeout", 1, 1e9),
             ("num_steps", 2, math.inf),  # of two steps of an environment one at least is no reset
             ("seed", 0, 2**31),
-            ("eval_every eval_episodes ent_coef vf_coef", 0, math.inf),
+            ("eval_every eval_episodes checkpoint_every ent_coef vf_coef", 0, math.inf),
             ("learning_rate clip_coef max_grad_norm target_kl", 1e-30, math.inf),
             ("log_std_init", -20, 20),
             ("gamma gae_lambda", 0, 1),
@@ -95,6 +111,14 @@ class Args:
                 for value in np.ravel(getattr(self, name)):
                     if value is not None and not (low <= value <= high and value < math.inf):
                         raise SystemExit(f"error: --{name.replace('_', '-')} must be in {low} .. {high}, not {value}")
+
+
+def make_env(env_id: str, kwargs: dict) -> gym.Env:
+    """One environment. In a process of its own it leaves signals, which launchers send to all, to its rank."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return gym.make(env_id, **kwargs)
 
 
 def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, np.ndarray]:
@@ -126,9 +150,9 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             envs = wrappers.RecordVideo(envs, video_dir, record_first_only=True) if video_dir else envs
         else:
             vectorize = gym.vector.AsyncVectorEnv if args.vec_env == "async" else gym.vector.SyncVectorEnv
-            makers = [partial(gym.make, env_id, **kwargs)] * num_envs
+            makers = [partial(make_env, env_id, kwargs)] * num_envs
             if video_dir:
-                makers[0] = lambda: gym.wrappers.RecordVideo(gym.make(env_id, **video, **kwargs), video_dir)
+                makers[0] = lambda: gym.wrappers.RecordVideo(make_env(env_id, kwargs | video), video_dir)
             envs = vectorize(makers)
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)
@@ -314,9 +338,13 @@ def collect_rollout(
     episodes, episode_return, episode_length = [], array["episode_return"], array["episode_length"]
     for t, step_noise in enumerate(noise):
         actions = agent.act(agent.normalize(obs[t].to(device)), step_noise).cpu()
-        next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
-        done = terminated | truncated
-        array["obs"][t + 1], array["dones"][t + 1] = next_obs.reshape(obs.shape[1:]), done
+        try:
+            next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
+            array["obs"][t + 1] = next_obs.reshape(obs.shape[1:])
+        except Exception as error:  # of a simulator of one's own, or a lost process of AsyncVectorEnv
+            traceback.print_exc()
+            raise SystemExit(f"error: {args.env_id}: {type(error).__name__}: {error}") from error
+        array["dones"][t + 1] = done = terminated | truncated
         array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
         episode_return += reward
         episode_length += ~array["dones"][t]
@@ -425,8 +453,10 @@ def update(
             flat.grad.zero_()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(flat, args.max_grad_norm, foreach=False)  # one tensor: 2% faster
-            optimizer.step()
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
+            if not math.isfinite(grad_norm):  # that of all ranks, so that all stop here, with their parameters intact
+                return torch.stack(metrics).mean(0)
+            optimizer.step()
         if args.target_kl is not None:
             approx_kl = torch.stack(metrics[-num_minibatches:])[:, 3].mean()
             if world_size > 1:
@@ -436,17 +466,19 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
-    """What the ranks add up before an update, (10,) float64.
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]], signals: list) -> Tensor:
+    """What the ranks add up before an update, (11,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Last the rollout's counts of non-finite observations and rewards.
+    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards. Last
+    the count of signals to stop.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
     bad_counts = [(~rollout[name].isfinite()).sum() for name in ("raw_obs", "raw_rewards")]
-    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
+    stop = advantages.new_tensor(len(signals))
+    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts, stop])
 
 
 def pack(batch: Tensors) -> Tensor:
@@ -479,18 +511,154 @@ def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) 
     return returns
 
 
+def save_checkpoint(run_dir: str, name: str, agent: Agent, optimizer_state: dict, counters: dict, args: Args) -> None:
+    """Write a file that is whole or not there, whatever ends the program meanwhile; remove the oldest ones."""
+    state = {"version": CHECKPOINT_VERSION, "agent": agent.state_dict(), "optimizer": optimizer_state}
+    torch.save(state | counters | {"args": vars(args)}, buffer := io.BytesIO())
+    folder = f"{run_dir}/checkpoints"
+    path, incomplete = f"{folder}/{name}.pt", f"{folder}/incomplete"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(incomplete, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(incomplete, path)
+    except OSError as error:
+        if os.path.exists(incomplete):
+            os.remove(incomplete)
+        raise SystemExit(f"error: cannot write {path}: {error.strerror}; earlier checkpoints are whole") from error
+    for old in list_checkpoints(run_dir)[: -args.keep_checkpoints]:
+        os.remove(old)
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read what `save_checkpoint` wrote, without running code of it; end the program where it is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise SystemExit(f"error: cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch has many for a file that is none of its own
+        raise SystemExit(f"error: {path} is damaged, or not of these files ({type(error).__name__})") from error
+    if version != CHECKPOINT_VERSION:
+        raise SystemExit(f"error: {path} is of version {version}, this file reads version {CHECKPOINT_VERSION}")
+    return state
+
+
+def list_checkpoints(run_dir: str) -> list[str]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(glob(f"{escape(run_dir)}/checkpoints/step-*.pt"))
+
+
+def truncate_logs(run_dir: str, global_step: int) -> None:
+    """Take what a lost run has logged after its checkpoint out of its logs, so that no step is there twice."""
+    for path in glob(f"{escape(run_dir)}/events.*"):
+        end = 0
+        for event in RawEventFileLoader(path).Load():
+            if Event.FromString(event).step > global_step:
+                break
+            end += len(event) + 16  # length and checksums
+        os.truncate(path, end)
+
+
+def open_run(args: Args, logs: str, ranks: dict[str, int]) -> tuple[str, dict | None]:
+    """The folder of a run below `logs`, and the checkpoint that it goes on from, if `resume` finds one.
+
+    It goes on in the folder of its checkpoint if that is the newest there; from an older one it branches into a new
+    folder. `ranks` are the counts of those that step environments and of all.
+    """
+    name = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
+    run_dir, path = f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", args.resume
+    if path == "auto":
+        run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??"), default=run_dir)
+        path = (list_checkpoints(run_dir) or [""])[-1]
+    if not path:
+        return run_dir, None
+    state = load_checkpoint(path)
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    if os.path.abspath(path) in list_checkpoints(folder)[-1:]:
+        run_dir = os.path.relpath(folder)
+    now, then = vars(args) | ranks, state["args"] | state["ranks"]
+    changes = {k: f"{k} {v} -> {now[k]}" for k, v in then.items() if k != "resume" and now.get(k, v) != v}
+    for name in changes.keys() & {"env_id", "optimizer"}:
+        raise SystemExit(f"error: --resume {path} is of another run: {changes[name]}")
+    changed = ", changed: " + ", ".join(changes.values()) if changes else ""
+    print(f"resuming {path} at step {state['global_step']}{changed}", flush=True)
+    return run_dir, state
+
+
+def restore(state: dict, agent: Agent, optimizer: Optimizer | None = None) -> None:
+    """Load a checkpoint's parameters and normalisers, and the optimizer's state."""
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise SystemExit(f"error: the checkpoint is of another agent: {' '.join(str(error).split())}") from error
+    if optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """Play a saved agent on the CPU, with the arguments that it was trained with where the command line gives none."""
+    state = load_checkpoint(args.evaluate)
+    trained = {k: v for k, v in state["args"].items() if k in vars(args) and k not in ("capture_video", "resume")}
+    args = tyro.cli(Args, default=Args(**trained))
+    if args.eval_episodes == 0:
+        raise SystemExit("error: --evaluate needs --eval-episodes")
+    envs, _ = make_envs(args, 1, args.seed)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    envs.close()
+    restore(state, agent)
+    torch.set_num_threads(args.num_threads)
+    video_dir = f"{os.path.splitext(args.evaluate)[0]}-videos" if args.capture_video else None
+    returns = evaluate(agent, args, args.seed + state["ranks"]["num_actors"] * args.num_envs, video_dir)
+    print(f"step {state['global_step']}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
+    if video_dir:
+        print(f"videos: {video_dir}")
+
+
+def catch_signals() -> list[tuple[int, float]]:
+    """The SIGINT and SIGTERM received from now on, with their times: the run is to stop after the iteration.
+
+    A later one ends the process at once, unless it comes within a second of the first: a scheduler and a launcher may
+    both pass one on. AsyncVectorEnv's processes, which ignore both, are killed when this one exits.
+    """
+    received = []
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
+
+    def handle(number: int, _) -> None:
+        if received and time.monotonic() > received[0][1] + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append((number, time.monotonic()))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
+
+
 def main(args: Args) -> None:
-    name = f"{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    # distributed set-up: torchrun sets these variables, plain python does not
-    run_dir = f"logs/torch_logs/{name}"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.evaluate:
+        return evaluate_checkpoint(args) if rank == 0 else None
+    ranks = {"num_actors": world_size, "world_size": world_size}
+    run_dir, state = open_run(args, "logs/torch_logs", ranks) if rank == 0 else ("", None)
+    # distributed set-up: torchrun sets these variables, plain python does not
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
     if args.cuda and torch.cuda.device_count() <= device.index:
         raise SystemExit(f"error: --cuda needs a GPU per rank, found {torch.cuda.device_count()}: leave --cuda away")
     if args.cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if args.cuda else "gloo")
+        # torchrun's store keeps the ranks' addresses of before a restart (PyTorch issue 135712); on several machines,
+        # whose counts of restarts may differ, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
+        store = dist.PrefixStore(f"restart-{restart}", next(dist.rendezvous("env://", rank, world_size))[0])
+        backend, timeout = "nccl" if args.cuda else "gloo", timedelta(seconds=args.dist_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.broadcast_object_list(states := [state])
+        (state,) = states
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     rollout_size = world_size * args.num_envs * args.num_steps
@@ -499,28 +667,41 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if args.per_rank_batch_size * world_size > rollout_size:
         raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
-    # seeds: streams of their own for each rank's environments, actions and shuffling, but the same parameters for all
-    stream_seeds = np.random.SeedSequence(args.seed).generate_state(2 * world_size).tolist()
-    action_generator = torch.Generator().manual_seed(stream_seeds[2 * rank])
-    shuffle_generator = torch.Generator().manual_seed(stream_seeds[1 if args.share_data else 2 * rank + 1])
-    # environments and agent
-    video_dir = f"{run_dir}/videos/train" if args.capture_video and rank == 0 else None
-    envs, first_obs = make_envs(args, args.num_envs, args.seed + rank * args.num_envs, video_dir)
+    # counters of the run; rows are those of resets too, which global_step leaves out
+    names = ("rows", "global_step", "best_return")
+    rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
+    first_iteration = math.ceil(rows / rollout_size) + 1
+    # environments and agent: seeds of their own for all environments, also of a resumed run; parameters of one seed
+    video_dir = f"{run_dir}/videos/train-from-step-{global_step}" if args.capture_video and rank == 0 else None
+    envs, first_obs = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
+    signals, action_generator, shuffle_generator = catch_signals(), Generator(), Generator()
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     make_optimizer = partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else torch.optim.RMSprop
-    optimizer = make_optimizer([flatten_parameters(agent.to(device))], lr=args.learning_rate, eps=1e-5)
+    flat = flatten_parameters(agent.to(device))
+    optimizer = make_optimizer([flat], lr=args.learning_rate, eps=1e-5)
+    if state:
+        restore(state, agent, optimizer)
     model = DistributedDataParallel(agent) if world_size > 1 else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
     # logs
     if rank == 0:
+        truncate_logs(run_dir, global_step)
         writer = SummaryWriter(run_dir)
-        writer.add_text("hyperparameters", "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items()))
-        progress = tqdm(total=num_iterations * rollout_size, unit="step", disable=not sys.stderr.isatty())
-    global_step, mean_return, test_return = 0, math.nan, math.nan
+        flags = "flag|value\n-|-\n" + "".join(f"{k}|{v}\n" for k, v in vars(args).items())
+        writer.add_text("hyperparameters", flags, global_step)
+        total = num_iterations * rollout_size
+        progress = tqdm(initial=rows, total=total, unit="step", disable=not sys.stderr.isatty())
+        if first_iteration > num_iterations:
+            print(f"nothing left to train: raise --total-timesteps {args.total_timesteps} for more")
+    mean_return, test_return, stopping = math.nan, math.nan, False
 
-    for iteration in range(1, num_iterations + 1):
+    for iteration in range(first_iteration, num_iterations + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
+        # seeds: streams of their own for each iteration and each rank's actions and shuffling
+        stream_seeds = np.random.SeedSequence((args.seed, rows)).generate_state(2 * world_size).tolist()
+        action_generator.manual_seed(stream_seeds[2 * rank])
+        shuffle_generator.manual_seed(stream_seeds[1 if args.share_data else 2 * rank + 1])
         # rollout
         start_time = time.perf_counter()
         rollout, episodes = collect_rollout(agent, model, envs, storage, action_generator, args)
@@ -531,11 +712,11 @@ def main(args: Args) -> None:
         batch["returns"] = batch["advantages"] + batch["values"]
         rollout_time = time.perf_counter()
         # communication: statistics over all ranks, and with share_data the rows themselves
-        sums = [batch_sums(batch, rollout, episodes)]
+        sums = [batch_sums(batch, rollout, episodes, signals)]
         sums += [x.sums(rollout[name][: args.num_steps][rollout["valid"]]) for name, x in agent.normalizers.items()]
         for tensor in sums if world_size > 1 else ():
             dist.all_reduce(tensor)
-        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad = sums[0].tolist()
+        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad, stop = sums[0].tolist()
         if any(bad):
             raise SystemExit(f"error: iteration {iteration}: not finite: {bad[0]:g} observations, {bad[1]:g} rewards")
         for normalizer, tensor in zip(agent.normalizers.values(), sums[1:], strict=True):
@@ -544,9 +725,9 @@ def main(args: Args) -> None:
         if args.normalize_advantages:
             batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
         if args.share_data and world_size > 1:
-            rows = pack(batch)
-            all_rows = rows.new_empty(world_size * len(rows), rows.shape[1])
-            dist.all_gather(list(all_rows.chunk(world_size)), rows)
+            packed = pack(batch)
+            all_rows = packed.new_empty(world_size * len(packed), packed.shape[1])
+            dist.all_gather(list(all_rows.chunk(world_size)), packed)
             batch = unpack(all_rows, batch)
         comm_time = time.perf_counter()
         # update
@@ -555,45 +736,69 @@ def main(args: Args) -> None:
         if world_size > 1:
             dist.all_reduce(means)
         losses = dict(zip(names, (means / world_size).tolist(), strict=True))
-        if not all(map(math.isfinite, losses.values())):
-            raise SystemExit(f"error: iteration {iteration}: the loss or its gradient is not finite")
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad or not flat.isfinite().all():
+            raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
         losses["explained_variance"] = 1 - adv_var / ret_var if ret_var else math.nan  # advantages = returns - values
         update_time = time.perf_counter()
+        rows, global_step = rows + rollout_size, global_step + int(count)
+        stopping = stop > 0 and iteration < num_iterations
         # logs
-        global_step += int(count)
-        if rank > 0:
-            continue
-        metrics = {f"Loss/{name}": value for name, value in losses.items()}
-        metrics |= {"Info/entropy": -losses["entropy_loss"], "Info/learning_rate": optimizer.param_groups[0]["lr"]}
-        metrics |= {"Time/rollout": rollout_time - start_time, "Time/communication": comm_time - rollout_time}
-        metrics |= {"Time/update": update_time - comm_time, "Time/step_per_second": count / (update_time - start_time)}
-        if num_episodes:
-            mean_return = sum_return / num_episodes
-            metrics |= {"Rewards/rew_avg": mean_return, "Game/ep_len_avg": sum_length / num_episodes}
-        status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
-        progress.set_postfix_str(status, refresh=False)
-        progress.update(rollout_size)  # reset rows included, which global_step leaves out
-        if progress.disable and iteration % max(1, num_iterations // 20) == 0:
-            print(f"step {global_step} of {progress.total}: {status}", flush=True)
-        evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
-        if args.eval_episodes and evaluation_due:
-            video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
-            returns = evaluate(agent, args, args.seed + world_size * args.num_envs, video_dir)
-            metrics["Test/cumulative_reward"] = test_return = returns.mean()
-            progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, global_step)
+        if rank == 0:
+            metrics = {f"Loss/{name}": value for name, value in losses.items()}
+            metrics |= {"Info/entropy": -losses["entropy_loss"], "Info/learning_rate": optimizer.param_groups[0]["lr"]}
+            metrics |= {"Time/rollout": rollout_time - start_time, "Time/communication": comm_time - rollout_time}
+            metrics |= {"Time/update": update_time - comm_time}
+            metrics |= {"Time/step_per_second": count / (update_time - start_time)}
+            if num_episodes:
+                mean_return = sum_return / num_episodes
+                metrics |= {"Rewards/rew_avg": mean_return, "Game/ep_len_avg": sum_length / num_episodes}
+            status = f"return {mean_return:.2f}, {metrics['Time/step_per_second']:.0f} steps/s"
+            progress.set_postfix_str(status, refresh=False)
+            progress.update(rollout_size)
+            if progress.disable and iteration % max(1, num_iterations // 20) == 0:
+                print(f"step {global_step} of {total}: {status}", flush=True)
+            evaluation_due = iteration == num_iterations or (args.eval_every and iteration % args.eval_every == 0)
+            checkpoints = []
+            if args.eval_episodes and evaluation_due and not stopping:
+                video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
+                returns = evaluate(agent, args, args.seed + world_size * args.num_envs, video_dir)
+                metrics["Test/cumulative_reward"] = test_return = float(returns.mean())
+                progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
+                if args.eval_every and test_return > best_return:
+                    best_return, checkpoints = test_return, ["best"]
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, global_step)
+            if iteration == num_iterations:
+                hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
+                writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".", global_step=global_step)
+            # checkpoints, after what is logged up to here
+            checkpoint_due = args.checkpoint_every and iteration % args.checkpoint_every == 0
+            if checkpoint_due or stopping or iteration == num_iterations:
+                checkpoints.append(f"step-{global_step:012d}")
+            start_time = time.perf_counter()
+            for name in checkpoints:
+                writer.flush()
+                counters = {"rows": rows, "global_step": global_step, "best_return": best_return, "ranks": ranks}
+                save_checkpoint(run_dir, name, agent, optimizer.state_dict(), counters, args)
+            if checkpoints:
+                writer.add_scalar("Time/checkpoint", time.perf_counter() - start_time, global_step)
+        if stopping:
+            break
 
     envs.close()
     if rank == 0:
         progress.close()
-        hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
-        writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".")
         writer.close()
-        print(f"logs and videos: {run_dir}")
+        if stopping:
+            print(f"stopped by a signal: go on with --resume {run_dir}/checkpoints/{name}.pt")
+        print(f"logs, checkpoints and videos: {run_dir}")
     if world_size > 1:
+        dist.barrier()  # launchers end the others if one leaves, and rank 0 has been writing
         time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)
         dist.destroy_process_group()
+    if stopping:
+        raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -51,14 +51,13 @@ class Command:
 
     def pids(self) -> list[int]:
         """The processes of this command that are alive."""
-        pids = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if self.mark in environ.read_text(errors="replace").split("\0"):
-                    pids.append(int(environ.parent.name))
-            except OSError:
-                pass  # it ended meanwhile
-        return pids
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        return [pid for pid in pids if self.mark in environment(pid)]
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank, of which AsyncVectorEnv's are children."""
+        pids = [pid for pid in self.pids() if f"RANK={rank}" in environment(pid)]
+        return min(pids)
 
     def kill(self) -> None:
         """Kill what is alive of it."""
@@ -81,6 +80,14 @@ class Command:
             self.kill()
         assert not left, f"processes {left} were still there after {timeout} s:\n{output}"
         return self.process.returncode, output
+
+
+def environment(pid: int) -> list[str]:
+    """The `NAME=value` of a process, none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def run(command: list, cwd: Path, timeout: float = 60, **env: str) -> str:

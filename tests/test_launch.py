@@ -90,8 +90,9 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
     agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
     optimizer = torch.optim.Adam([ppo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    generator = torch.Generator().manual_seed(np.random.SeedSequence(1).generate_state(4).tolist()[1])
+    generator = torch.Generator()
     for iteration, (batch, after) in enumerate(zip(first["batches"], first["after"], strict=True)):
+        generator.manual_seed(np.random.SeedSequence((1, iteration * 2 * 4 * 32)).generate_state(4).tolist()[1])
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / len(first["after"]))
         assert not batch["valid"].all()  # so that the ranks' counts of valid rows differ
         ppo.update(agent, optimizer, batch, args, generator, 0, 1)
@@ -154,9 +155,13 @@ def test_two_machines_and_no_seed_twice(tmp_path, file):
     assert len(scalars(tmp_path)["Loss/policy_loss"]) == 2  # and rank 0 alone writes
 
 
-@pytest.mark.parametrize("share_data", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+SAME_BITS = [("CartPole-v1", 1, False), ("CartPole-v1", 2, True), ("Pendulum-v1", 2, False)]
+MORE_BITS = [("CartPole-v1", 1, True), ("CartPole-v1", 2, False)]
+MORE_BITS += [("Pendulum-v1", 1, False), ("Pendulum-v1", 1, True), ("Pendulum-v1", 2, True)]
+SAME_BITS += [pytest.param(*case, marks=SLOW) for case in MORE_BITS]
+
+
+@pytest.mark.parametrize("env_id, ranks, share_data", SAME_BITS)
 def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, share_data):
     flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *(["--share-data"] if share_data else [])]
     flags += ["--normalize-obs", "--normalize-rewards"] if env_id == "Pendulum-v1" and ranks == 2 else []
@@ -227,8 +232,10 @@ def test_the_times_of_player_and_trainer_explain_the_iteration(tmp_path, players
         assert 0.7 * seconds["Time/rollout"] < seconds["Time/trainer_wait"]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("share_data", [False, True])
+ROWS = [(False, True), (True, False), pytest.param(False, False, marks=SLOW), pytest.param(True, True, marks=SLOW)]
+
+
+@pytest.mark.parametrize("share_data, overlap", ROWS)
 def test_trainers_get_the_rows_of_all_players(tmp_path, share_data, overlap):
     """Two players, three trainers, 2 x 4 x 32 rows, which three does not divide."""
     switches = [*(["--share-data"] if share_data else []), *(["--overlap"] if overlap else [])]
@@ -276,7 +283,7 @@ def assert_acted(notes: dict, batches: list[dict], lag: int) -> None:
             assert acted == (other == lag or k == 0)
 
 
-@pytest.mark.parametrize("file, ranks", [(TORCH, 2), (FABRIC, 2), (DECOUPLED, 3)], **NAMES)
+@pytest.mark.parametrize("file, ranks", [(TORCH, 2), pytest.param(FABRIC, 2, marks=SLOW), (DECOUPLED, 3)], **NAMES)
 def test_training_ranks_stop_together_on_target_kl(tmp_path, file, ranks):
     flags = [*SMALL, "--total-timesteps", 512, "--target-kl", 1e-9, "--env-id", "toy_envs:Truncated-v0"]
     notes = run_probe(file, tmp_path, *flags, ranks=ranks)[-2:]
@@ -289,7 +296,8 @@ def test_training_ranks_stop_together_on_target_kl(tmp_path, file, ranks):
 
 
 TWO_PLAYERS = ["--num-players", "2", "--overlap"]
-KILLED = [(3, 0, []), (3, 1, []), (3, 0, ["--overlap"]), (3, 2, ["--overlap"])]
+KILLED = [(3, 0, []), (3, 2, ["--overlap"])]
+KILLED += [pytest.param(3, 1, [], marks=SLOW), pytest.param(3, 0, ["--overlap"], marks=SLOW)]
 KILLED += [pytest.param(4, rank, TWO_PLAYERS, marks=SLOW) for rank in range(4)]
 
 
@@ -302,14 +310,9 @@ def test_a_killed_rank_ends_the_decoupled_run(tmp_path, ranks, rank, switches):
         time.sleep(0.1)
     assert list(tmp_path.rglob("events.*"))
     time.sleep(2)
-    (pid,) = [pid for pid in command.pids() if f"RANK={rank}" in environment(pid)]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(command.rank_pid(rank), signal.SIGKILL)
     status, output = command.finish(timeout=30)
     assert status != 0 and "SIGKILL" in output
-
-
-def environment(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
 
 
 def test_fabric_options(tmp_path):
@@ -326,8 +329,8 @@ def test_fabric_options(tmp_path):
 
 VIDEOS = [
     (TORCH, "CartPole-v1", "sync"),
-    (TORCH, "CartPole-v1", "async"),
-    (TORCH, "CartPole-v1", "native"),
+    pytest.param(TORCH, "CartPole-v1", "async", marks=SLOW),
+    pytest.param(TORCH, "CartPole-v1", "native", marks=SLOW),
     (FABRIC, "Pendulum-v1", "sync"),
     (DECOUPLED, "CartPole-v1", "sync"),
 ]
@@ -375,7 +378,7 @@ def test_every_kind_of_space_is_learned_on_many_ranks(tmp_path, name, file, rank
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= (9.2 if "Box" in name else 9.8)
 
 
-@pytest.mark.parametrize("file, ranks, actors", [(TORCH, 2, 2), (FABRIC, 2, 2), (DECOUPLED, 4, 2)], **NAMES)
+@pytest.mark.parametrize("file, ranks, actors", [(TORCH, 2, 2), FABRIC_TOO, (DECOUPLED, 4, 2)], **NAMES)
 def test_normalisers_hold_the_statistics_of_all_ranks_and_make_the_evaluation(tmp_path, file, ranks, actors):
     flags = [*SMALL, "--total-timesteps", 1024, "--env-id", "Pendulum-v1", "--env-kwargs", '{"max_episode_steps": 50}']
     flags += ["--normalize-obs", "--normalize-rewards"]
@@ -410,12 +413,12 @@ def test_environment_of_ones_own_with_keyword_arguments(tmp_path):
 
 VECTOR_ENVS = [
     (TORCH, 2, "LunarLander-v3", "envpool"),
-    (FABRIC, 2, "HalfCheetah-v5", "envpool"),
-    (TORCH, 2, "Pendulum-v1", "envpool"),
     (TORCH, 2, "CartPole-v1", "async"),
-    (TORCH, 2, "ALE/Pong-v5", "native"),
     (DECOUPLED, 3, "ALE/Pong-v5", "native"),
-    (DECOUPLED, 2, "Pong-v5", "envpool"),
+    pytest.param(FABRIC, 2, "HalfCheetah-v5", "envpool", marks=SLOW),
+    pytest.param(TORCH, 2, "Pendulum-v1", "envpool", marks=SLOW),
+    pytest.param(TORCH, 2, "ALE/Pong-v5", "native", marks=SLOW),
+    pytest.param(DECOUPLED, 2, "Pong-v5", "envpool", marks=SLOW),
 ]
 
 
@@ -445,7 +448,7 @@ BAD = {
         "--env-id toy_envs:NanObs-v0 --num-steps 5 --per-rank-batch-size 4",
         "not finite: 8 observations, 0 rewards",
     ),
-    "divergence": ("--learning-rate 1e30", "the loss or its gradient"),
+    "divergence": ("--learning-rate 1e30", "not finite: "),
     "NaN observation": ("--env-id toy_envs:NanObsBox-v0", " observations, 0 rewards"),
     "NaN reward": ("--env-id toy_envs:NanReward-v0", ": 0 observations, "),
 }
@@ -461,7 +464,7 @@ BAD_FOR_FABRIC = {
     "observation space": ([], "--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
     "NaN observation": ([], "--env-id toy_envs:NanObsBox-v0", " observations, 0 rewards"),
     "NaN reward": ([], "--env-id toy_envs:NanReward-v0", ": 0 observations, "),
-    "divergence": ([], "--learning-rate 1e30", "the loss or its gradient"),
+    "divergence": ([], "--learning-rate 1e30", "not finite: "),
 }
 
 
@@ -480,8 +483,8 @@ BAD_FOR_DECOUPLED = {
     "zero updates": (2, "--total-timesteps 500", "--total-timesteps 500"),
     "NaN reward": (3, "--env-id toy_envs:NanReward-v0 --overlap", ": 0 observations, "),
     "NaN observation": (4, "--env-id toy_envs:NanObsBox-v0 --num-players 2", " observations, 0 rewards"),
-    "divergence": (3, "--learning-rate 1e30", "the loss or its gradient"),
-    "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "the loss or its gradient"),
+    "divergence": (3, "--learning-rate 1e30", "not finite: "),
+    "divergence, overlap": (3, "--learning-rate 1e30 --overlap", "not finite: "),
 }
 
 
@@ -510,21 +513,19 @@ def fails_with_one_line(command: list, folder: Path, said: str) -> None:
     assert not re.search(r'ppo_\w+.py", line', output), output
 
 
-@pytest.mark.parametrize("case", cases(BAD, "unknown environment", "batch", "no GPU", "NaN observation", "divergence"))
+@pytest.mark.parametrize("case", cases(BAD, "unknown environment", "no GPU", "NaN observation"))
 def test_bad_input_to_the_torch_file(tmp_path, case):
     flags, said = BAD[case]
     fails_with_one_line([*torchrun(2), TORCH, *flags.split()], tmp_path, said)
 
 
-@pytest.mark.parametrize(
-    "case", cases(BAD_FOR_FABRIC, "strategy", "precision", "unknown environment", "NaN observation")
-)
+@pytest.mark.parametrize("case", cases(BAD_FOR_FABRIC, "strategy", "NaN observation"))
 def test_bad_input_to_the_fabric_file(tmp_path, case):
     options, flags, said = BAD_FOR_FABRIC[case]
     fails_with_one_line([*fabric_run(2, *options), FABRIC, *flags.split()], tmp_path, said)
 
 
-FAST = ("player on a GPU", "no GPU", "trainers", "NaN observation", "divergence, overlap")
+FAST = ("player on a GPU", "trainers", "divergence, overlap")
 
 
 @pytest.mark.parametrize("case", cases(BAD_FOR_DECOUPLED, *FAST))
@@ -562,7 +563,7 @@ def test_a_launcher_without_gpus_starts_nothing(tmp_path):
     assert status != 0 and "MisconfigurationException" in output
 
 
-BREAKING = [(TORCH, 2, 1, []), (FABRIC, 2, 1, []), (DECOUPLED, 3, 1, ["--num-players", "2"])]
+BREAKING = [(TORCH, 2, 1, []), pytest.param(FABRIC, 2, 1, [], marks=SLOW), (DECOUPLED, 3, 1, ["--num-players", "2"])]
 BREAKING += [pytest.param(DECOUPLED, 4, rank, TWO_PLAYERS, marks=SLOW) for rank in range(2)]
 
 

@@ -1,6 +1,7 @@
 """Environments whose right answer is known, registered as `toy_envs:NAME-v0`."""
 
 import os
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -75,6 +76,45 @@ class Lives(OneAStep):
         return obs, 5.0, lost, False, {"lives": self.lives}
 
 
+class Clock(OneAStep):
+    """Its state is the count of steps, which it shows and asks for; truncated episodes."""
+
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+    observation_space = gym.spaces.Box(-3, 3, (2,), np.float32)
+
+    def observe(self):
+        return np.array([3 * np.sin(self.steps), np.cos(2 * self.steps)], np.float32)
+
+    def step(self, action):
+        obs, _, _, truncated, info = super().step(action)
+        return obs, -abs(float(action[0]) - np.sin(self.steps)), False, truncated, info
+
+
+class WrongShape(OneAStep):
+    """Observes two numbers in place of one at its fifth step."""
+
+    def observe(self):
+        return super().observe().repeat(1 + (self.steps == 5))
+
+
+class Dies(OneAStep):
+    """Its process ends at the fifth step, as when a simulator crashes: for AsyncVectorEnv."""
+
+    def step(self, action):
+        if self.steps == 5:
+            os.kill(os.getpid(), 9)
+        return super().step(action)
+
+
+class Hangs(OneAStep):
+    """Never comes back from its fifth step."""
+
+    def step(self, action):
+        while self.steps == 5:
+            time.sleep(1)
+        return super().step(action)
+
+
 class Puzzle(gym.Env):
     """Shows one of four observations of a space at random and pays how near the action is to the one that it asks for.
 
@@ -128,6 +168,10 @@ gym.register("NanObs-v0", Broken, kwargs={"how": "obs"})
 gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.spaces.Box(-2, 2, (2,))})
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
+gym.register("Clock-v0", Clock, kwargs={"length": 15, "terminates": False})
+gym.register("WrongShape-v0", WrongShape)
+gym.register("Dies-v0", Dies)
+gym.register("Hangs-v0", Hangs)
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
@@ -166,5 +210,5 @@ def puzzle_flags(name: str) -> dict:
     """
     image = "Channels" in name or "Stacked" in name
     flags = {"env_id": f"toy_envs:{name}-v0", "num_steps": 32, "gamma": 0.0, "update_epochs": 4, "log_std_init": -1.0}
-    flags |= {"total_timesteps": 8192 if image else 16384, "learning_rate": 5e-4 if image else 3e-3}
+    flags |= {"total_timesteps": 8192 if image else 16384, "learning_rate": 3e-4 if image else 3e-3}
     return flags | {"normalize_advantages": False}

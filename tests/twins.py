@@ -25,7 +25,8 @@ MAY_DIFFER = {
 # what each hunk of the diff between the coupled files is about, in order
 HUNKS = (
     "launching",
-    "imports",
+    "imports of Fabric",
+    "imports of torch.distributed",
     "the flag that chooses the device",
     "what an update is given",
     "the rank's part of the rows",
@@ -38,6 +39,7 @@ HUNKS = (
     "sharing rollouts",
     "update and its averages",
     "logging",
+    "waiting for rank 0",
     "leaving",
 )
 TABLE_START, TABLE_END = "<!-- diff table, written by tests/twins.py --fix -->\n", "<!-- end of the diff table -->"

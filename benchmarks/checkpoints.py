@@ -1,0 +1,61 @@
+"""What checkpoints cost: their share of the training time of default commands, and of a large network's.
+
+    pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
+    python benchmarks/checkpoints.py
+
+The share is the sum of a run's `Time/checkpoint`, during which all ranks wait, over its time from the first to the last
+iteration. Prints a Markdown table.
+"""
+
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from throughput import BIN, ROOT
+
+RUNS = {
+    "`ppo_torch_ddp.py`, two ranks": "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py",
+    "`ppo_fabric.py`, two ranks": "fabric run --accelerator=cpu --strategy=ddp --devices=2 ppo_fabric.py",
+    "`ppo_fabric_decoupled.py`, three ranks": "fabric run --accelerator=cpu --devices=3 ppo_fabric_decoupled.py",
+    "Nature CNN on Pong, two ranks": (
+        "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py --env-id ALE/Pong-v5 --vec-env native --num-envs 8 "
+        '--env-kwargs {"img_height":42,"img_width":42} --update-epochs 4 --per-rank-batch-size 128'
+    ),
+}
+
+
+@dataclass
+class Args:
+    repeats: int = 3
+    """runs of each command"""
+
+
+def run(command: str) -> tuple[int, float, float]:
+    """Checkpoints written, milliseconds of one, share of the time."""
+    launcher, *rest = [str(ROOT / part) if part.startswith("ppo_") else part for part in command.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [str(BIN / launcher), *rest, "--eval-episodes", "0"], cwd=folder, check=True, capture_output=True
+        )
+        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
+        scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
+        seconds = [point.value for point in scalars("Time/checkpoint")]
+        times = [point.wall_time for point in scalars("Time/update")]
+    return len(seconds), 1000 * statistics.mean(seconds), sum(seconds) / (times[-1] - times[0])
+
+
+def main(args: Args) -> None:
+    print("| run | checkpoints | one takes | share of the time |\n| --- | --- | --- | --- |")
+    for name, command in RUNS.items():
+        counts, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
+        cells = f"{counts[0]} | {statistics.median(milliseconds):.0f} ms | {statistics.median(shares):.2%}"
+        print(f"| {name} | {cells} ({min(shares):.2%} to {max(shares):.2%}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
