@@ -351,6 +351,8 @@ def collect_rollout(
             array["obs"][t + 1] = next_obs.reshape(obs.shape[1:])
         except Exception as error:  # of a simulator of one's own, or a lost process of AsyncVectorEnv
             traceback.print_exc()
+            if args.vec_env == "async":  # its destructor would wait for what is lost, and complain after this line
+                envs.unwrapped.closed = True
             raise SystemExit(f"error: {args.env_id}: {type(error).__name__}: {error}") from error
         array["dones"][t + 1] = done = terminated | truncated
         array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
