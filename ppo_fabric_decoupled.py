@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -43,7 +43,7 @@ from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins.collectives import TorchCollective
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, func, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -97,6 +97,7 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
+    compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
     num_players: int = 1  # ranks that step environments: the first ones; all others train
     overlap: bool = False  # collect the next rollout while the trainers work on the last, by a policy an update older
@@ -406,12 +407,13 @@ def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors,
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio)
-    value_loss = 0.5 * (values - returns).square()
+    squared_error = (values - returns).square()
     if args.clip_vloss:
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns).square())
+        squared_error = torch.max(squared_error, (clipped_values - returns).square())
+    value_loss = 0.5 * squared_error
     entropy_loss = -entropy if args.ent_coef else -entropy.detach()  # no backward pass for nothing
-    loss = (policy_loss + args.vf_coef * value_loss + args.ent_coef * entropy_loss) @ batch["weights"]
+    loss = policy_loss.add(value_loss, alpha=args.vf_coef).add(entropy_loss, alpha=args.ent_coef) @ batch["weights"]
     with torch.no_grad():
         approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
         clipped = (ratio != clipped_ratio).float()
@@ -446,29 +448,67 @@ def flatten_parameters(agent: Agent) -> nn.Parameter:
     return flat
 
 
+def batch_like(agent: Agent, num_rows: int = 1) -> Tensors:
+    """A batch of R rows of nothing, with the names, types and row shapes of what an update takes."""
+    storage, number = make_storage(1, 1, agent, np.zeros((1, *agent.obs_shape))), torch.zeros(1)
+    like = {"obs": storage["obs"][0], "actions": storage["actions"][0], "log_probs": number, "values": number}
+    like |= {"advantages": number, "valid": torch.zeros(1, dtype=torch.bool), "returns": number}
+    return {name: tensor.repeat_interleave(num_rows, 0) for name, tensor in like.items()}
+
+
+def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors], args: Args) -> Callable:
+    """The gradient of `ppo_loss` as one compiled function, compiled for the sizes of the given minibatches.
+
+    It takes all parameters as a vector, (P,), and a minibatch; it returns the gradient, (P,), and what `ppo_loss` does.
+    """
+    shapes = {name: p.shape for name, p in agent.named_parameters()}
+
+    def loss(flat: Tensor, minibatch: Tensors) -> tuple[Tensor, Tensor]:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = func.functional_call(agent, parameters, (minibatch["obs"], minibatch["actions"]))
+        return ppo_loss(*outputs, minibatch, args)
+
+    mode = "reduce-overhead" if flat.is_cuda else "default"  # the former replays CUDA graphs
+    gradient = torch.compile(func.grad_and_value(loss, has_aux=True), dynamic=False, mode=mode)
+    try:
+        for minibatch in {len(minibatch["valid"]): minibatch for minibatch in minibatches}.values():
+            gradient(flat.detach(), {name: tensor.to(flat.device) for name, tensor in minibatch.items()})
+    except Exception as error:  # there are many, of many compilers
+        raise SystemExit(f"error: --compile: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return gradient
+
+
 def update(
-    model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, generator: Generator, group: TorchCollective
-) -> Tensor:
+    model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, minibatches: Callable,
+    gradient: Callable | None, group: TorchCollective,
+) -> Tensor:  # fmt: skip
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
-    With `share_data` every rank holds the same R rows, shuffles them alike and trains on its part of each minibatch;
-    without, the rows are the rank's own. Either way all ranks take the same number of steps.
+    `minibatches` makes an epoch of the batch, the same number on all ranks; `gradient` is of `compile_gradient`.
     """
-    part, num_parts = (group.rank, group.world_size) if args.share_data else (0, 1)
-    num_minibatches = max(1, round(len(batch["valid"]) / (args.per_rank_batch_size * num_parts)))
     metrics, (flat,) = [], optimizer.param_groups[0]["params"]
     for _ in range(args.update_epochs):
-        for minibatch in shuffle(batch, num_minibatches, generator, part, num_parts):
-            loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
-            flat.grad.zero_()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(flat, args.max_grad_norm, foreach=False)  # one tensor: 2% faster
+        num_steps = len(metrics)
+        for minibatch in minibatches(batch):
+            if gradient:
+                flat.grad, (_, means) = gradient(flat.detach(), minibatch)
+                if group.world_size > 1:
+                    group.all_reduce(flat.grad)
+                    flat.grad /= group.world_size
+            else:
+                loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
+                flat.grad.zero_()
+                loss.backward()
+            # what clip_grad_norm_ does, without its wrapping: 4% faster
+            grad_norm = flat.grad.norm()
+            flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
             if not math.isfinite(grad_norm):  # that of all ranks, so that all stop here, with their parameters intact
                 return torch.stack(metrics).mean(0)
             optimizer.step()
         if args.target_kl is not None:
-            approx_kl = torch.stack(metrics[-num_minibatches:])[:, 3].mean()
+            approx_kl = torch.stack(metrics[num_steps:])[:, 3].mean()
             if group.world_size > 1:
                 group.all_reduce(approx_kl)  # all decide on the same number, so that none leaves the loop alone
             if approx_kl / group.world_size > args.target_kl:
@@ -668,13 +708,6 @@ def stop_if_diverged(flat: Tensor, means: Tensor, iteration: int) -> None:
     bad = [name for name, finite in zip(names, means.isfinite().tolist(), strict=True) if not finite]
     if bad or not flat.isfinite().all():
         raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
-
-
-def batch_like(agent: Agent) -> Tensors:
-    """A batch of one row, which tells a trainer the names, types and row shapes of what the players send."""
-    storage, number = make_storage(1, 1, agent, np.zeros((1, *agent.obs_shape))), torch.zeros(1)
-    like = {"obs": storage["obs"][0], "actions": storage["actions"][0], "log_probs": number, "values": number}
-    return like | {"advantages": number, "valid": torch.zeros(1, dtype=torch.bool), "returns": number}
 
 
 def send_rollout(batch: Tensors, args: Args, rank: int, num_trainers: int, group: TorchCollective) -> None:
@@ -912,6 +945,16 @@ def train(
     model = DistributedDataParallel(agent, process_group=trainers.group) if num_trainers > 1 else agent
     rollout_size, rows = args.num_players * args.num_envs * args.num_steps, state["rows"] if state else 0
     first, last = math.ceil(rows / rollout_size) + 1, num_iterations
+    part, num_parts = (rank, num_trainers) if args.share_data else (0, 1)
+    num_minibatches = max(1, round(rollout_size / (args.per_rank_batch_size * num_trainers)))
+    cut = {"num_minibatches": num_minibatches, "generator": generator, "part": part, "num_parts": num_parts}
+    minibatches, gradient, start_time = partial(shuffle, **cut), None, time.perf_counter()
+    if args.compile:
+        num_rows = args.num_envs * args.num_steps
+        num_rows = args.num_players * (num_rows if args.share_data else -(-num_rows // num_trainers))
+        gradient = compile_gradient(agent, flat, minibatches(batch_like(agent, num_rows)), args)
+        if rank == 0:
+            print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     means, seconds, start_time = torch.zeros(6), [0.0, 0.0, 0.0], time.perf_counter()
 
     def send(iteration: int) -> None:
@@ -942,7 +985,7 @@ def train(
         part = 0 if args.share_data else rank
         generator.manual_seed(int(np.random.SeedSequence((args.seed, rows)).generate_state(2 * part + 2)[-1]))
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
-        means = update(model, optimizer, batch, args, generator, trainers)
+        means = update(model, optimizer, batch, args, minibatches, gradient, trainers)
         if num_trainers > 1:
             trainers.all_reduce(means)
         means, rows = (means / num_trainers).cpu(), rows + rollout_size

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -38,7 +38,7 @@ import tyro
 from gymnasium.vector import VectorEnv
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from torch import Generator, Tensor, distributed as dist, nn
+from torch import Generator, Tensor, distributed as dist, func, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -92,6 +92,8 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
+    replicate_update: bool = False  # with share_data, each takes all of it: the ranks never exchange gradients
+    compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
     dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
     cuda: bool = False  # train on one GPU per training rank (NCCL); the environments stay on the CPU
@@ -398,12 +400,13 @@ def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors,
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio)
-    value_loss = 0.5 * (values - returns).square()
+    squared_error = (values - returns).square()
     if args.clip_vloss:
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns).square())
+        squared_error = torch.max(squared_error, (clipped_values - returns).square())
+    value_loss = 0.5 * squared_error
     entropy_loss = -entropy if args.ent_coef else -entropy.detach()  # no backward pass for nothing
-    loss = (policy_loss + args.vf_coef * value_loss + args.ent_coef * entropy_loss) @ batch["weights"]
+    loss = policy_loss.add(value_loss, alpha=args.vf_coef).add(entropy_loss, alpha=args.ent_coef) @ batch["weights"]
     with torch.no_grad():
         approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
         clipped = (ratio != clipped_ratio).float()
@@ -438,29 +441,66 @@ def flatten_parameters(agent: Agent) -> nn.Parameter:
     return flat
 
 
+def batch_like(agent: Agent, num_rows: int = 1) -> Tensors:
+    """A batch of R rows of nothing, with the names, types and row shapes of what an update takes."""
+    storage, number = make_storage(1, 1, agent, np.zeros((1, *agent.obs_shape))), torch.zeros(1)
+    like = {"obs": storage["obs"][0], "actions": storage["actions"][0], "log_probs": number, "values": number}
+    like |= {"advantages": number, "valid": torch.zeros(1, dtype=torch.bool), "returns": number}
+    return {name: tensor.repeat_interleave(num_rows, 0) for name, tensor in like.items()}
+
+
+def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors], args: Args) -> Callable:
+    """The gradient of `ppo_loss` as one compiled function, compiled for the sizes of the given minibatches.
+
+    It takes all parameters as a vector, (P,), and a minibatch; it returns the gradient, (P,), and what `ppo_loss` does.
+    """
+    shapes = {name: p.shape for name, p in agent.named_parameters()}
+
+    def loss(flat: Tensor, minibatch: Tensors) -> tuple[Tensor, Tensor]:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = func.functional_call(agent, parameters, (minibatch["obs"], minibatch["actions"]))
+        return ppo_loss(*outputs, minibatch, args)
+
+    mode = "reduce-overhead" if flat.is_cuda else "default"  # the former replays CUDA graphs
+    gradient = torch.compile(func.grad_and_value(loss, has_aux=True), dynamic=False, mode=mode)
+    try:
+        for minibatch in {len(minibatch["valid"]): minibatch for minibatch in minibatches}.values():
+            gradient(flat.detach(), {name: tensor.to(flat.device) for name, tensor in minibatch.items()})
+    except Exception as error:  # there are many, of many compilers
+        raise SystemExit(f"error: --compile: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return gradient
+
+
 def update(
-    model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, generator: Generator, rank: int, world_size: int
-) -> Tensor:
+    model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, minibatches: Callable,
+    gradient: Callable | None, world_size: int,
+) -> Tensor:  # fmt: skip
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
-    With `share_data` every rank holds the same R rows, shuffles them alike and trains on its part of each minibatch;
-    without, the rows are the rank's own. Either way all ranks take the same number of steps.
+    `minibatches` makes an epoch of the batch, the same number on all ranks; `gradient` is of `compile_gradient`.
     """
-    part, num_parts = (rank, world_size) if args.share_data else (0, 1)
-    num_minibatches = max(1, round(len(batch["valid"]) / (args.per_rank_batch_size * num_parts)))
     metrics, (flat,) = [], optimizer.param_groups[0]["params"]
     for _ in range(args.update_epochs):
-        for minibatch in shuffle(batch, num_minibatches, generator, part, num_parts):
-            loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
-            flat.grad.zero_()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(flat, args.max_grad_norm, foreach=False)  # one tensor: 2% faster
+        num_steps = len(metrics)
+        for minibatch in minibatches(batch):
+            if gradient:
+                flat.grad, (_, means) = gradient(flat.detach(), minibatch)
+                if world_size > 1 and not args.replicate_update:
+                    dist.all_reduce(flat.grad)
+                    flat.grad /= world_size
+            else:
+                loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
+                flat.grad.zero_()
+                loss.backward()
+            grad_norm = flat.grad.norm()
+            flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, 4% faster
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
             if not math.isfinite(grad_norm):  # that of all ranks, so that all stop here, with their parameters intact
                 return torch.stack(metrics).mean(0)
             optimizer.step()
         if args.target_kl is not None:
-            approx_kl = torch.stack(metrics[-num_minibatches:])[:, 3].mean()
+            approx_kl = torch.stack(metrics[num_steps:])[:, 3].mean()
             if world_size > 1:
                 dist.all_reduce(approx_kl)  # all ranks decide on the same number, so that none leaves the loop alone
             if approx_kl / world_size > args.target_kl:
@@ -669,10 +709,14 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if args.per_rank_batch_size * world_size > rollout_size:
         raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
+    if args.replicate_update and not args.share_data:
+        raise SystemExit("error: --replicate-update needs --share-data")
     # counters of the run; rows are those of resets too, which global_step leaves out
     names = ("rows", "global_step", "best_return")
     rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
     first_iteration = math.ceil(rows / rollout_size) + 1
+    num_minibatches = max(1, round(rollout_size / (args.per_rank_batch_size * world_size)))
+    part, num_parts = (rank, world_size) if args.share_data and not args.replicate_update else (0, 1)
     # environments and agent: seeds of their own for all environments, also of a resumed run; parameters of one seed
     video_dir = f"{run_dir}/videos/train-from-step-{global_step}" if args.capture_video and rank == 0 else None
     envs, first_obs = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
@@ -684,8 +728,15 @@ def main(args: Args) -> None:
     optimizer = make_optimizer([flat], lr=args.learning_rate, eps=1e-5)
     if state:
         restore(state, agent, optimizer)
-    model = DistributedDataParallel(agent) if world_size > 1 else agent
+    model = DistributedDataParallel(agent) if world_size > 1 and not args.replicate_update else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
+    cut = {"num_minibatches": num_minibatches, "generator": shuffle_generator, "part": part, "num_parts": num_parts}
+    minibatches, gradient, start_time = partial(shuffle, **cut), None, time.perf_counter()
+    if args.compile:
+        like = batch_like(agent, rollout_size if args.share_data else rollout_size // world_size)
+        gradient = compile_gradient(agent, flat, minibatches(like), args)
+        if rank == 0:
+            print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     # logs
     if rank == 0:
         truncate_logs(run_dir, global_step)
@@ -734,13 +785,23 @@ def main(args: Args) -> None:
         comm_time = time.perf_counter()
         # update
         names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
-        means = update(model, optimizer, batch, args, shuffle_generator, rank, world_size)
+        means = update(model, optimizer, batch, args, minibatches, gradient, world_size)
+        # the square of a mean is the mean of the squares only if all ranks' checksums are the same
+        checksum = flat.detach().view(torch.int32).sum().double() % 2**20
+        means = torch.cat([means.double(), torch.stack([checksum, checksum**2])])
         if world_size > 1:
             dist.all_reduce(means)
-        losses = dict(zip(names, (means / world_size).tolist(), strict=True))
+        *means, checksum, square = (means / world_size).tolist()
+        losses = dict(zip(names, means, strict=True))
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad or not flat.isfinite().all():
             raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
+        if checksum**2 != square:  # unequal processors, or worse: rank 0's parameters are taken
+            state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            dist.broadcast_object_list(states := [state])
+            restore(states[0], agent, optimizer)
+            if rank == 0:
+                progress.write(f"iteration {iteration}: the ranks' parameters differed, and are rank 0's now")
         losses["explained_variance"] = 1 - adv_var / ret_var if ret_var else math.nan  # advantages = returns - values
         update_time = time.perf_counter()
         rows, global_step = rows + rollout_size, global_step + int(count)

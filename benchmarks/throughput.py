@@ -1,105 +1,148 @@
-"""Steps per second of the shipped files and of Stable-Baselines3, through their real launchers, alternating.
+"""Steps per second of the shipped files, of Stable-Baselines3 and of stepping alone, through their launchers.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
+    pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/throughput.py
     python benchmarks/throughput.py --workload lunarlander
+    python benchmarks/throughput.py --command "python my_ppo.py --env-id CartPole-v1"
 
 One thread a process. Machines are shared and noisy, and their speed changes from second to second. So the contenders
 of a race run side by side but never together: each in turn goes on for `--turn` seconds while the others are stopped by
 signals. What counts is the ratio of two contenders in the same race, and of several races the median. A
 steps-per-second figure is environment steps (reset rows left out) over the time that the contender was let run, from
-when all have started up to when the first ends: logging is in it, starting up is not.
-Rows go to benchmarks/results/throughput.jsonl.
+when all have started up to when the first ends: logging is in it, starting up and compiling are not.
+Rows go to benchmarks/results/throughput.jsonl, the chart of all workloads to benchmarks/results/throughput.png.
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
+import shlex
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import matplotlib
 import psutil
 import tyro
+from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 BIN = Path(sys.executable).parent
 PYTHON = [sys.executable]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
 FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
+REPLICATE = ["--share-data", "--replicate-update"]
+BASE, PEER, ALONE = "torch, 1 process", "Stable-Baselines3, 1 process", "stepping alone, 1 process"
 # name: launcher, file, further flags
 CONTENDERS = {
-    "torch, 1 process": (PYTHON, "ppo_torch_ddp.py", []),
+    BASE: (PYTHON, "ppo_torch_ddp.py", []),
+    "torch, 1 process, compiled": (PYTHON, "ppo_torch_ddp.py", ["--compile"]),
     "torch, 1 process, native vector environment": (PYTHON, "ppo_torch_ddp.py", ["--vec-env", "native"]),
     "Fabric, 1 process": (PYTHON, "ppo_fabric.py", []),
-    "Stable-Baselines3, 1 process": (PYTHON, "benchmarks/peer_sb3.py", []),
     "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", []),
+    "torch, 2 ranks, replicated": (TORCHRUN, "ppo_torch_ddp.py", REPLICATE),
+    "torch, 2 ranks, replicated, compiled": (TORCHRUN, "ppo_torch_ddp.py", [*REPLICATE, "--compile"]),
     "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", []),
+    "Fabric, 2 ranks, replicated": (FABRIC_RUN, "ppo_fabric.py", REPLICATE),
+    "Fabric, 2 ranks, replicated, compiled": (FABRIC_RUN, "ppo_fabric.py", [*REPLICATE, "--compile"]),
     "decoupled, 1 player, 1 trainer": (FABRIC_RUN, "ppo_fabric_decoupled.py", []),
     "decoupled, 1 player, 1 trainer, overlap": (FABRIC_RUN, "ppo_fabric_decoupled.py", ["--overlap"]),
+    "decoupled, 1 player, 1 trainer, overlap, compiled": (
+        FABRIC_RUN,
+        "ppo_fabric_decoupled.py",
+        ["--overlap", "--compile"],
+    ),
+    PEER: (PYTHON, "benchmarks/peer_sb3.py", []),
+    ALONE: (PYTHON, "benchmarks/stepping.py", ["--total-timesteps", "1000000000"]),
 }
 COMMON = (
-    "--learning-rate 2.5e-4 --clip-coef 0.2 --clip-vloss --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
-    "--gamma 0.99 --gae-lambda 0.95 --num-threads 1 --num-envs 4 --per-rank-batch-size 128"
+    "--learning-rate 2.5e-4 --clip-coef 0.2 --vf-coef 0.5 --max-grad-norm 0.5 --gamma 0.99 --gae-lambda 0.95 "
+    "--num-threads 1"
 )
-SHIPPED = [name for name in CONTENDERS if "2 ranks" in name or "decoupled" in name]
-# name: flags, contenders; stepping takes about as long as the update in the second, so that overlapping gains most
+CARTPOLE = f"--env-id CartPole-v1 --clip-vloss --ent-coef 0.01 {COMMON} --total-timesteps 51200"
+# name: flags, contenders, and flags that override these for Stable-Baselines3
 WORKLOADS = {
-    "cartpole": (f"--env-id CartPole-v1 --num-steps 128 --update-epochs 4 {COMMON}", list(CONTENDERS)),
+    # CleanRL's setting
+    "cartpole": (
+        f"{CARTPOLE} --num-envs 4 --num-steps 128 --update-epochs 4 --per-rank-batch-size 128",
+        CONTENDERS,
+        "",
+    ),
+    # that of Lightning's reinforcement-learning example, against SB3 with the one above
+    "cartpole-example-sizes": (
+        f"{CARTPOLE} --num-envs 2 --num-steps 128 --update-epochs 10 --per-rank-batch-size 64",
+        [name for name in CONTENDERS if "2 ranks" in name or name in (BASE, PEER)],
+        "--num-envs 4 --update-epochs 4 --per-rank-batch-size 128",
+    ),
+    "halfcheetah": (
+        f"--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --per-rank-batch-size 64 {COMMON} "
+        "--normalize-obs --normalize-rewards --total-timesteps 40960",
+        [BASE, "torch, 1 process, compiled", PEER, ALONE],
+        "",
+    ),
     "lunarlander": (
-        f"--env-id LunarLander-v3 --num-steps 256 --update-epochs 7 {COMMON}",
-        ["torch, 1 process", *SHIPPED],
+        f"--env-id LunarLander-v3 --num-envs 4 --num-steps 1024 --update-epochs 4 --per-rank-batch-size 64 {COMMON} "
+        "--ent-coef 0.01 --total-timesteps 98304",
+        [name for name in CONTENDERS if "native" not in name],
+        "",
     ),
 }
 
 
 @dataclass
 class Args:
-    workload: Literal["cartpole", "lunarlander"] = "cartpole"
-    """CleanRL's CartPole setting, or LunarLander-v3 with 256 steps and 7 epochs"""
+    workload: str = "cartpole"
+    """one of cartpole, cartpole-example-sizes, halfcheetah, lunarlander"""
     repeats: int = 5
     """races"""
-    total_timesteps: int = 51_200
-    """environment steps of a run"""
     contenders: tuple[str, ...] = ()
     """the contenders to compare (default: all of the workload)"""
+    command: str = ""
+    """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
     turn: float = 1.0
     """seconds that a contender runs before the next one does"""
-    results: Path = ROOT / "benchmarks" / "results" / "throughput.jsonl"
+    results: Path = RESULTS / "throughput.jsonl"
     """file that the rows are appended to"""
 
 
 class Run:
     """A contender's processes, stopped as soon as it shows progress; `turns` are the times at which it was let run."""
 
-    def __init__(self, name: str, flags: list[str], folder: Path):
-        launcher, file, extra = CONTENDERS[name]
-        self.folder, self.output, self.turns = folder, folder / "output.txt", []
-        self.is_peer = file == "benchmarks/peer_sb3.py"
-        if launcher == FABRIC_RUN:
-            launcher = [*launcher, f"--main-port={free_port()}"]  # its default is the same for all
-        extra = extra if self.is_peer else [*extra, "--eval-episodes", "0"]
+    def __init__(self, command: list[str], folder: Path):
+        self.folder, self.turns, self.lines, self.marks_printed = folder, [], [], []
+        self.is_shipped = any(Path(part).name.startswith("ppo_") and ROOT in Path(part).parents for part in command)
         folder.mkdir()
-        with self.output.open("w") as output:
-            command = [*launcher, str(ROOT / file), *flags, *extra]
-            self.process = psutil.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        while self.is_running() and not any(line.startswith("step ") for line in self.output.open()):
+        environ = os.environ | {"PYTHONUNBUFFERED": "1"}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = psutil.Popen(command, cwd=folder, env=environ, **output)
+        threading.Thread(target=self.read, daemon=True).start()
+        while self.is_running() and not self.marks_printed:
             time.sleep(0.02)
         if not self.is_running():
-            raise SystemExit(f"error: {name} ended early: {self.output.read_text()}")
+            raise SystemExit(f"error: {shlex.join(command)} ended early: {''.join(self.lines)}")
         self.family = [self.process, *self.process.children(recursive=True)]
         self.send(signal.SIGSTOP)
+
+    def read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if match := re.search(r"step\D*(\d+)", line):
+                self.marks_printed.append((time.time(), int(match[1])))
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -118,11 +161,10 @@ class Run:
         self.turns.append((start, time.time()))
 
     def marks(self) -> list[tuple[float, int]]:
-        """Wall-clock time and environment steps at the end of each iteration."""
-        if self.is_peer:
-            lines = [line.split() for line in self.output.open() if line.startswith("step ")]
-            return [(float(seconds), int(step)) for _, step, seconds in lines]
-        return [(x.wall_time, x.step) for x in self.points()["Time/step_per_second"]]
+        """Wall-clock time and environment steps, at the end of each iteration of a shipped file, else as printed."""
+        if self.is_shipped:
+            return [(x.wall_time, x.step) for x in self.points()["Time/step_per_second"]]
+        return self.marks_printed
 
     def points(self) -> dict[str, list]:
         """The `Time/` points in TensorBoard, by tag."""
@@ -134,7 +176,7 @@ class Run:
         """Medians of the `Time/` points, of iterations that were in one turn with the two before: some log late."""
         ends = [seconds for seconds, _ in self.marks()]
         whole = [i for i, end in enumerate(ends) if any(b <= ends[max(i - 3, 0)] and end <= e for b, e in self.turns)]
-        tags = {tag: points for tag, points in self.points().items() if "per_second" not in tag}
+        tags = {tag: xs for tag, xs in self.points().items() if "per_second" not in tag and len(xs) == len(ends)}
         return {tag: round(1e3 * statistics.median(xs[i].value for i in whole), 2) for tag, xs in tags.items() if whole}
 
     def speed(self, start: float, end: float) -> float:
@@ -151,81 +193,151 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def race(names: list[str], flags: list[str], turn: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def contender_command(name: str, flags: str, peer_flags: str = "") -> list[str]:
+    """The command line of a contender with a workload's flags."""
+    launcher, file, extra = CONTENDERS[name]
+    extra = [*extra, *peer_flags.split()] if name == PEER else extra if name == ALONE else [*extra, "--eval-episodes=0"]
+    return [*launcher, str(ROOT / file), *flags.split(), *extra]
+
+
+def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Steps per second of each contender, and the medians of a shipped file's `Time/` points in milliseconds."""
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for name in names:
-                runs[name] = Run(name, flags, Path(folder) / str(len(runs)))
+            for name, command in commands.items():
+                port = [f"--main-port={free_port()}"]  # fabric's default is the same for all
+                command = [*command[:2], *port, *command[2:]] if command[1] == "run" else command
+                runs[name] = Run(command, Path(folder) / str(len(runs)))
             start = time.time()
-            while any(run.is_running() for run in runs.values()):
+            while all(run.is_running() for run in runs.values()):
                 for run in runs.values():
                     if run.is_running():
                         run.take_turn(turn)
+            end = max(run.turns[-1][1] for run in runs.values() if not run.is_running())
+            for run in runs.values():  # the shipped files' logs are whole only at their end
+                run.send(signal.SIGCONT if run.is_shipped else signal.SIGKILL)
+            for run in runs.values():
+                run.process.wait()
+            speeds = {name: run.speed(start, end) for name, run in runs.items()}
+            times = {name: run.milliseconds() for name, run in runs.items() if run.is_shipped}
         finally:
             for run in runs.values():
                 run.send(signal.SIGKILL)
-        end = min(run.marks()[-1][0] for run in runs.values())
-        speeds = {name: run.speed(start, end) for name, run in runs.items()}
-        times = {name: run.milliseconds() for name, run in runs.items() if not run.is_peer}
     return speeds, times
 
 
 def main(args: Args) -> None:
-    workload_flags, contenders = WORKLOADS[args.workload]
-    contenders = args.contenders or contenders
-    if unknown := set(contenders) - set(CONTENDERS):
+    if args.workload not in WORKLOADS:
+        raise SystemExit(f"error: --workload {args.workload}: there are {', '.join(WORKLOADS)}")
+    if unknown := set(args.contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
-    flags = [*workload_flags.split(), "--total-timesteps", str(args.total_timesteps)]
-    figures = {name: [] for name in contenders}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
+    flags, contenders, peer_flags = WORKLOADS[args.workload]
+    commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
+    if args.command:
+        commands[args.command] = shlex.split(args.command)
+    figures = {name: [] for name in commands}
     for repeat in range(args.repeats):
-        speeds, times = race(contenders, flags, args.turn)
+        speeds, times = race(commands, args.turn)
         for name, speed in speeds.items():
             figures[name].append(speed)
         print(f"{repeat + 1}/{args.repeats}: " + ", ".join(f"{n} {x:.0f}" for n, x in speeds.items()), flush=True)
 
-    def ratios(name: str, base: str) -> list[float]:
-        """A contender's speed over another's in each race, empty where the other did not take part."""
-        return [round(a / b, 3) for a, b in zip(figures[name], figures.get(base, []), strict=False)]
-
     packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
+    date, versions = time.strftime("%Y-%m-%d"), {package: importlib.metadata.version(package) for package in packages}
+    rows = []
+    for name, values in figures.items():
+        (*_, file) = [part for part in commands[name] if part.endswith(".py")] or [sys.executable]
+        rows.append({
+            "workload": args.workload,
+            "contender": name,
+            "command": shlex.join(commands[name]).replace(f"{ROOT}/", "").replace(f"{BIN}/", ""),
+            "steps_per_second": [round(value, 1) for value in values],
+            "median": round(statistics.median(values), 1),
+            # its speed over another's in each race
+            "times": {
+                base: [round(a / b, 3) for a, b in zip(values, figures[base], strict=True)]
+                for base in (BASE, PEER, ALONE)
+                if base in figures
+            },
+            "milliseconds_in_last_race": times.get(name, {}),
+            "date": date,
+            "source_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16],
+            "versions": versions,
+            "python": platform.python_version(),
+            "cpu": cpu_model(),
+        })  # fmt: skip
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    print("\n| contender | steps/s, median | range | times torch, 1 process | times SB3 | times torch twin |")
-    print("| --- | --- | --- | --- | --- | --- |")
     with args.results.open("a") as file:
-        for name, values in figures.items():
-            launcher, file_name, extra = CONTENDERS[name]
-            row = {
-                "workload": args.workload,
-                "contender": name,
-                "command": " ".join([Path(launcher[0]).name, *launcher[1:], file_name, *flags, *extra]),
-                "steps_per_second": [round(value, 1) for value in values],
-                "median": round(statistics.median(values), 1),
-                "times_one_process": ratios(name, "torch, 1 process"),
-                "times_sb3": ratios(name, "Stable-Baselines3, 1 process"),
-                "times_torch_twin": ratios(name, name.replace("Fabric", "torch")) if "Fabric" in name else [],
-                "milliseconds_in_last_race": times.get(name, {}),
-                "date": time.strftime("%Y-%m-%d"),
-                "source_sha256": hashlib.sha256((ROOT / file_name).read_bytes()).hexdigest()[:16],
-                "versions": {package: importlib.metadata.version(package) for package in packages},
-                "python": platform.python_version(),
-                "cpu": cpu_model(),
-            }
-            file.write(json.dumps(row) + "\n")
-            columns = [row[key] for key in ("times_one_process", "times_sb3", "times_torch_twin")]
-            texts = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else "-" for c in columns]
-            print(f"| {name} | {row['median']:.0f} | {min(values):.0f} to {max(values):.0f} | {' | '.join(texts)} |")
-    for name, values in times.items():
-        print(f"{name}, ms per iteration: " + ", ".join(f"{tag[5:]} {value:.1f}" for tag, value in values.items()))
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print("\n" + table(rows))
+    print("\n" + breakdown(rows))
+    draw(args.results)
+
+
+def latest(path: Path) -> dict[str, list[dict]]:
+    """The newest rows of each workload."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {w: list({row["contender"]: row for row in rows if row["workload"] == w}.values()) for w in WORKLOADS}
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: medians and ranges of steps per second and of the ratios within the races."""
+    bases = [base for base in (BASE, PEER, ALONE) if base in rows[0]["times"]]
+    lines = [
+        f"| contender | steps/s | {' | '.join(f'times {base}' for base in bases)} |",
+        "| --- " * (2 + len(bases)) + "|",
+    ]
+    for row in rows:
+        ratios = [row["times"][base] for base in bases]
+        texts = [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios]
+        lines.append(f"| {row['contender']} | {row['median']:,.0f} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def breakdown(rows: list[dict]) -> str:
+    """A Markdown table of an iteration's milliseconds; stepping is what the environments alone take for its rows."""
+    alone = next((row["median"] for row in rows if row["contender"] == ALONE), None)
+    lines = ["| contender | stepping | acting, GAE | communication | update |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if times := row["milliseconds_in_last_race"]:
+            sizes = [int(re.search(rf"--{flag} (\d+)", row["command"])[1]) for flag in ("num-envs", "num-steps")]
+            stepping = 1e3 * sizes[0] * sizes[1] / alone if alone else math.nan
+            rest = times["Time/rollout"] - stepping
+            figures = stepping, rest, times["Time/communication"], times["Time/update"]
+            lines.append(f"| {row['contender']} | {' | '.join(f'{value:.1f}' for value in figures)} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path) -> None:
+    """Bars of the steps per second of each workload's newest rows, with their ranges, beside the results."""
+    workloads = {name: rows for name, rows in latest(path).items() if rows}
+    figure, axes = plt.subplots(len(workloads), 1, squeeze=False, layout="constrained",
+                                figsize=(8, sum(0.7 + 0.26 * len(rows) for rows in workloads.values())),
+                                height_ratios=[0.7 + 0.26 * len(rows) for rows in workloads.values()])  # fmt: skip
+    for axis, (name, rows) in zip(axes[:, 0], workloads.items(), strict=True):
+        rows = [row for row in rows if row["contender"] != ALONE][::-1]
+        medians = [row["median"] for row in rows]
+        spreads = [
+            [m - min(r["steps_per_second"]), max(r["steps_per_second"]) - m] for m, r in zip(medians, rows, strict=True)
+        ]
+        axis.barh(
+            [row["contender"] for row in rows],
+            medians,
+            xerr=list(zip(*spreads, strict=True)),
+            color="tab:blue",
+            ecolor="0.4",
+        )
+        axis.set(title=name, xlabel="environment steps per second")
+    figure.savefig(path.with_suffix(".png"), dpi=100)
 
 
 def cpu_model() -> str:
     """The processor's name, which platform.processor() leaves empty on Linux, and the number of its cores."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 

@@ -439,11 +439,11 @@ def test_target_kl_is_of_all_ranks(monkeypatch, module, others_kl, target_kl, ep
     def add_others(approx_kl: torch.Tensor) -> torch.Tensor:
         return approx_kl.add_(others_kl)
 
-    fabric = SimpleNamespace(global_rank=0, world_size=2, backward=lambda loss: loss.backward())
+    fabric = SimpleNamespace(backward=lambda loss: loss.backward())
     fabric.all_reduce = lambda approx_kl: add_others(approx_kl) / 2
     fabric.clip_gradients = lambda *_, **__: torch.tensor(0.0)
     group = SimpleNamespace(rank=0, world_size=2, all_reduce=add_others)
-    ranks = {ppo: (0, 2), ppo_fabric: (fabric,), decoupled: (group,)}[module]
+    ranks = {ppo: 2, ppo_fabric: fabric, decoupled: group}[module]
     monkeypatch.setattr(ppo.dist, "all_reduce", add_others)
 
     args = module.Args(target_kl=target_kl, update_epochs=3, per_rank_batch_size=32)
@@ -454,7 +454,8 @@ def test_target_kl_is_of_all_ranks(monkeypatch, module, others_kl, target_kl, ep
     log_probs, _, values = (x.detach() for x in agent(obs, actions))
     batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values, "returns": torch.randn(64)}
     batch |= {"advantages": torch.randn(64), "valid": torch.ones(64, dtype=torch.bool)}
-    module.update(agent, optimizer, batch, args, torch.Generator().manual_seed(0), *ranks)
+    cut = {"num_minibatches": 2, "generator": torch.Generator().manual_seed(0), "part": 0, "num_parts": 1}
+    module.update(agent, optimizer, batch, args, partial(module.shuffle, **cut), None, ranks)
     assert optimizer.state[flat]["step"] == 2 * epochs
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -453,10 +454,11 @@ def test_nothing_that_is_not_finite_reaches_the_parameters():
     names = ("log_probs", "values", "advantages", "returns")
     batch = {"obs": torch.randn(32, 4), "actions": torch.zeros(32, 1, dtype=torch.int64)}
     batch |= {name: torch.randn(32) for name in names} | {"valid": torch.ones(32, dtype=torch.bool)}
-    ppo.update(agent, optimizer, batch, args, torch.Generator(), 0, 1)
+    minibatches = partial(ppo.shuffle, num_minibatches=4, generator=torch.Generator(), part=0, num_parts=1)
+    ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
     before = flat.detach().clone()
     batch["advantages"][:] = torch.inf
-    means = ppo.update(agent, optimizer, batch, args, torch.Generator(), 0, 1)
+    means = ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
     assert not means.isfinite().all() and torch.equal(flat, before)
     assert next(iter(optimizer.state.values()))["step"] == 2 * 4  # of the first update
 
