@@ -425,6 +425,27 @@ def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
 
 
+@pytest.mark.parametrize("action_space", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))], ids=["Discrete", "Box"])
+def test_the_compiled_gradient_is_that_of_the_loss(action_space):
+    args = ppo.Args(clip_vloss=True, ent_coef=0.01)
+    agent = ppo.Agent(VECTOR, action_space, args)
+    flat = ppo.flatten_parameters(agent)
+    cut = {"num_minibatches": 3, "generator": torch.Generator(), "part": 0, "num_parts": 1}
+    batch = ppo.batch_like(agent, 64)
+    for name in batch.keys() - {"actions", "valid"}:
+        batch[name].normal_()
+    batch["valid"][::2] = True
+    gradient = ppo.compile_gradient(agent, flat, ppo.shuffle(batch, **cut), args)
+    for minibatch in ppo.shuffle(batch, **cut):  # of 21 and of 22 rows
+        loss, means = ppo.ppo_loss(*agent(minibatch["obs"], minibatch["actions"]), minibatch, args)
+        flat.grad.zero_()
+        loss.backward()
+        compiled, (compiled_loss, compiled_means) = gradient(flat.detach(), minibatch)
+        torch.testing.assert_close(compiled, flat.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(compiled_loss, loss.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(compiled_means, means, atol=1e-5, rtol=1e-4)
+
+
 def test_target_kl_ends_the_update(run_main):
     steps = 10 * 8  # 10 epochs of 8 minibatches
     assert run_main(total_timesteps=512, eval_episodes=0)["steps"] == steps

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,9 +21,11 @@ from launch import BIN, ROOT, TESTS, Command, fabric_run, free_port, run, torchr
 from toy_envs import PUZZLES, puzzle_flags
 
 TORCH, FABRIC, DECOUPLED = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py", ROOT / "ppo_fabric_decoupled.py"
+PROBE = TESTS / "probe.py"
 LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
 SLOW = pytest.mark.slow
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
+REPLICATE = ["--share-data", "--replicate-update"]
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
 
@@ -36,7 +39,7 @@ def run_probes(*runs: tuple[Path, Path, int], flags: list) -> list[list[dict]]:
     commands = []
     for file, folder, ranks in runs:
         folder.mkdir(exist_ok=True)
-        command = [*LAUNCHERS[file](ranks), TESTS / "probe.py", file, folder, *flags]
+        command = [*LAUNCHERS[file](ranks), PROBE, file, folder, *flags]
         commands.append(Command(command, cwd=folder))
     for status, output in [command.finish() for command in commands]:
         assert status == 0, output
@@ -82,22 +85,38 @@ def assert_normalised(iterations: list[tuple[dict, ...]], folder: Path) -> None:
     assert scalars(folder)["Loss/policy_loss"][-1][0] == steps
 
 
-def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path):
-    """Two ranks with --share-data take the steps that one process takes on all the rows."""
-    flags = [*SMALL, "--total-timesteps", 1024, "--share-data"]
-    first, _ = run_probe(TORCH, tmp_path, *flags, ranks=2)
-    args = ppo.Args(num_steps=64, per_rank_batch_size=64, update_epochs=2, share_data=True)
+@pytest.mark.parametrize("switches", [["--share-data"], REPLICATE], ids=["parts", "replicated"])
+def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path, switches):
+    """Two ranks with --share-data take the steps that one process takes on all the rows, replicated to the bit."""
+    flags = [*SMALL, "--total-timesteps", 1024, *switches]
+    first, second = run_probe(TORCH, tmp_path, *flags, ranks=2)
+    args = ppo.Args(update_epochs=2)
     agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
     torch.nn.utils.vector_to_parameters(first["before"].clone(), agent.parameters())
     optimizer = torch.optim.Adam([ppo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     generator = torch.Generator()
+    minibatches = partial(ppo.shuffle, num_minibatches=4, generator=generator, part=0, num_parts=1)
+    tolerance = {"atol": 0, "rtol": 0} if "--replicate-update" in switches else {"atol": 2e-5, "rtol": 1e-4}
     for iteration, (batch, after) in enumerate(zip(first["batches"], first["after"], strict=True)):
         generator.manual_seed(np.random.SeedSequence((1, iteration * 2 * 4 * 32)).generate_state(4).tolist()[1])
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / len(first["after"]))
         assert not batch["valid"].all()  # so that the ranks' counts of valid rows differ
-        ppo.update(agent, optimizer, batch, args, generator, 0, 1)
+        ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
         parameters = torch.nn.utils.parameters_to_vector(agent.parameters())
-        torch.testing.assert_close(parameters, after, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(parameters, after, **tolerance)
+        assert torch.equal(after, second["after"][iteration])
+
+
+@pytest.mark.parametrize("file", [TORCH, pytest.param(FABRIC, marks=SLOW)])
+def test_ranks_whose_parameters_differ_go_on_with_those_of_rank_0(tmp_path, file):
+    """The third update of rank 1 comes out different by a rounding error: the fourth starts from rank 0's."""
+    flags = ["--total-timesteps", 1024, *SMALL, *REPLICATE]
+    output = run([*LAUNCHERS[file](2), PROBE, file, tmp_path, *flags], cwd=tmp_path, DRIFTS="1")
+    assert output.count("iteration 3: the ranks' parameters differed, and are rank 0's now") == 1
+    assert output.count("differed") == 1
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    equal = [torch.equal(mine, yours) for mine, yours in zip(first["after"], second["after"], strict=True)]
+    assert equal == [True, True, False, True]
 
 
 def cartpole_spaces() -> tuple[gym.Space, gym.Space]:
@@ -155,21 +174,39 @@ def test_two_machines_and_no_seed_twice(tmp_path, file):
     assert len(scalars(tmp_path)["Loss/policy_loss"]) == 2  # and rank 0 alone writes
 
 
-SAME_BITS = [("CartPole-v1", 1, False), ("CartPole-v1", 2, True), ("Pendulum-v1", 2, False)]
-MORE_BITS = [("CartPole-v1", 1, True), ("CartPole-v1", 2, False)]
-MORE_BITS += [("Pendulum-v1", 1, False), ("Pendulum-v1", 1, True), ("Pendulum-v1", 2, True)]
+SAME_BITS = [("CartPole-v1", 1, []), ("CartPole-v1", 2, REPLICATE), ("Pendulum-v1", 2, [])]
+MORE_BITS = [("CartPole-v1", 1, ["--share-data"]), ("CartPole-v1", 2, []), ("CartPole-v1", 2, ["--share-data"])]
+MORE_BITS += [("CartPole-v1", 1, ["--compile"]), ("CartPole-v1", 2, ["--compile"])]
+MORE_BITS += [("Pendulum-v1", 2, [*REPLICATE, "--compile"])]
+MORE_BITS += [("Pendulum-v1", ranks, switches) for ranks, switches in ((1, []), (1, REPLICATE), (2, ["--share-data"]))]
 SAME_BITS += [pytest.param(*case, marks=SLOW) for case in MORE_BITS]
 
 
-@pytest.mark.parametrize("env_id, ranks, share_data", SAME_BITS)
-def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, share_data):
-    flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *(["--share-data"] if share_data else [])]
+@pytest.mark.parametrize("env_id, ranks, switches", SAME_BITS)
+def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, switches):
+    flags = [*SMALL, "--total-timesteps", 1024, "--env-id", env_id, *switches]
     flags += ["--normalize-obs", "--normalize-rewards"] if env_id == "Pendulum-v1" and ranks == 2 else []
     both = run_probes(*((file, tmp_path / file.stem, ranks) for file in (TORCH, FABRIC)), flags=flags)
     for mine, yours in zip(*both, strict=True):
         assert mine["steps"] == yours["steps"] == 1024 // (ranks * 4 * 32) * 2 * 4
         assert torch.equal(mine["after"][-1], yours["after"][-1])
         assert not torch.equal(mine["before"], mine["after"][-1])
+
+
+def test_the_compiled_update_of_the_decoupled_file_has_the_bits_of_one_process(tmp_path):
+    flags = [*SMALL, "--total-timesteps", 1024, "--compile"]
+    both = run_probes(*((file, tmp_path / file.stem, n) for file, n in ((TORCH, 1), (DECOUPLED, 2))), flags=flags)
+    for mine, yours in zip(both[0][0]["after"], both[1][1]["after"], strict=True):
+        assert torch.equal(mine, yours)
+
+
+@pytest.mark.parametrize("file, ranks", [(TORCH, 1), *(pytest.param(f, 2, marks=SLOW) for f in (FABRIC, DECOUPLED))])
+def test_a_compiler_that_is_missing_is_named(tmp_path, file, ranks):
+    command = Command(
+        [*LAUNCHERS[file](ranks), file, "--compile"], tmp_path, CXX="nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)
+    )
+    status, output = command.finish()
+    assert status != 0 and "error: --compile: " in output, output
 
 
 def test_the_coupled_twins_log_the_same(tmp_path):
@@ -585,7 +622,7 @@ def assert_shown_first(cause: str, output: str) -> None:
 @pytest.mark.parametrize("rank, switches", [(1, ["--overlap"]), (2, []), pytest.param(2, ["--overlap"], marks=SLOW)])
 def test_a_trainer_that_fails_ends_the_players(tmp_path, rank, switches):
     """The third update of one of two trainers raises an exception."""
-    command = [*fabric_run(3), TESTS / "probe.py", DECOUPLED, tmp_path, "--eval-episodes", 0, *switches]
+    command = [*fabric_run(3), PROBE, DECOUPLED, tmp_path, "--eval-episodes", 0, *switches]
     status, output = Command(command, cwd=tmp_path, BREAKS=str(rank)).finish(timeout=30)
     assert status != 0
     assert_shown_first("the update broke", output)

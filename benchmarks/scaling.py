@@ -1,0 +1,82 @@
+"""Which file wins where: steps per second over the number of ranks, of environments per rank, and the network's width.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --ranks 1 2 4 8 --num-envs 4 --widths 64
+
+Races as in throughput.py, on CartPole with 128 steps, 4 epochs and 4 minibatches; medians over the races. One thing
+varies at a time, around 2 ranks, 4 environments and a width of 64. Rows go to benchmarks/results/scaling.jsonl.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+
+import tyro
+
+from throughput import BIN, CARTPOLE, PYTHON, REPLICATE, RESULTS, ROOT, cpu_model, race
+
+
+@dataclass
+class Args:
+    ranks: tuple[int, ...] = (1, 2, 4)
+    """numbers of ranks"""
+    num_envs: tuple[int, ...] = (1, 4, 16)
+    """numbers of environments per rank"""
+    widths: tuple[int, ...] = (64, 256, 512)
+    """widths of both hidden layers"""
+    repeats: int = 3
+    """races of each combination"""
+    iterations: int = 40
+    """iterations of a run"""
+
+
+def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str, list[str]]:
+    """The command lines that can be compared with as many ranks."""
+    flags = [*CARTPOLE.split(), "--num-steps", "128", "--update-epochs", "4", "--hidden-sizes", str(width), str(width)]
+    flags += ["--num-envs", str(num_envs), "--per-rank-batch-size", str(32 * num_envs), "--eval-episodes", "0"]
+    torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else PYTHON
+    fabric_run = [str(BIN / "fabric"), "run", "--accelerator=cpu", f"--devices={ranks}"] if ranks > 1 else PYTHON
+    lines = {"torch": [*torchrun, "ppo_torch_ddp.py"], "Fabric": [*fabric_run, "ppo_fabric.py"]}
+    actors = dict.fromkeys(lines, ranks)
+    if ranks > 1:
+        for name in ("torch", "Fabric"):
+            lines[f"{name}, replicated"] = [*lines[name], *REPLICATE]
+            actors[f"{name}, replicated"] = ranks
+        for players in sorted({1, ranks - 1}):
+            name = f"decoupled, {players} of {ranks} play, overlap"
+            lines[name] = [*fabric_run, "ppo_fabric_decoupled.py", "--overlap", "--num-players", str(players)]
+            actors[name] = players
+    for name, line in lines.items():
+        line += [*flags, "--total-timesteps", str(iterations * actors[name] * num_envs * 128)]
+        if "decoupled" in name:  # as many minibatches, whatever the number of players and trainers
+            trainers = ranks - actors[name]
+            line += ["--per-rank-batch-size", str(max(1, 32 * num_envs * actors[name] // trainers))]
+    return {
+        name: [str(ROOT / part) if part.startswith("ppo_") else part for part in line] for name, line in lines.items()
+    }
+
+
+def main(args: Args) -> None:
+    points = [(ranks, 4, 64) for ranks in args.ranks] + [(2, num_envs, 64) for num_envs in args.num_envs]
+    points += [(2, 4, width) for width in args.widths]
+    rows = []
+    for ranks, num_envs, width in dict.fromkeys(points):
+        lines = commands(ranks, num_envs, width, args.iterations)
+        races = [race(lines, 1.0)[0] for _ in range(args.repeats)]
+        medians = {name: round(statistics.median(speeds[name] for speeds in races)) for name in lines}
+        rows.append({"ranks": ranks, "num_envs": num_envs, "width": width, "steps_per_second": medians})
+        rows[-1] |= {"repeats": args.repeats, "date": time.strftime("%Y-%m-%d"), "cpu": cpu_model()}
+        print(rows[-1], flush=True)
+    with (RESULTS / "scaling.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print("\n| ranks | environments per rank | width | steps/s, the fastest first |\n| --- | --- | --- | --- |")
+    for row in rows:
+        ordered = sorted(row["steps_per_second"].items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name} {speed:,}" for name, speed in ordered)
+        print(f"| {row['ranks']} | {row['num_envs']} | {row['width']} | {text} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
