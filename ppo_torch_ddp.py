@@ -39,6 +39,7 @@ import tyro
 from gymnasium.vector import VectorEnv
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Generator, Tensor, distributed as dist, func, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -156,7 +157,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             makers = [partial(make_env, env_id, kwargs)] * num_envs
             if video_dir:
                 makers[0] = lambda: gym.wrappers.RecordVideo(make_env(env_id, kwargs | video), video_dir)
-            envs = vectorize(makers, copy=False)  # the storage is the copy
+            envs = vectorize(makers, copy=False)  # they are copied anyway: 5% faster rollouts
         if isinstance(envs.single_observation_space, (*finite, spaces.Dict, spaces.Tuple)):
             envs = wrappers.FlattenObservation(envs)
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -256,7 +257,6 @@ class Agent(nn.Module):
             self.output_shape = (math.prod(action_space.shape),)
             self.log_std = nn.Parameter(torch.full(self.output_shape, args.log_std_init))
         self.actor, self.critic = head(math.prod(self.output_shape), 0.01), head(1, 1.0)
-        self.acting_layers = (*self.trunk, *self.actor)  # a tuple does not register them a second time
         self.normalizes_obs = args.normalize_obs and not image
         seen = {"raw_obs": self.normalizes_obs * self.obs_shape[0], "discounted_returns": int(args.normalize_rewards)}
         self.normalizers = nn.ModuleDict({name: Normalizer(size) for name, size in seen.items() if size})
@@ -273,14 +273,24 @@ class Agent(nn.Module):
         """What `act` and `forward` take, for observations (..., *obs_shape) as the environments give them."""
         return self.normalizers["raw_obs"](obs) if self.normalizes_obs else obs
 
-    def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+    def acting_layers(self) -> list[Callable]:
+        """The actor as bare functions for `act`, while its parameters stay where they are: 10% faster rollouts."""
+        functions = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
+        return [
+            partial(torch.addmm, layer.bias, mat2=layer.weight.t())
+            if isinstance(layer, nn.Linear)
+            else functions.get(type(layer), layer.forward)
+            for layer in (*self.trunk, *self.actor)
+        ]
+
+    def act(self, obs: Tensor, noise: Tensor | None = None, layers: list[Callable] | None = None) -> Tensor:
         """Actions (N, A), integers or floats, for observations (N, *obs_shape), sampled by `noise`; greedy without.
 
         The largest logit plus Gumbel noise is a sample of the categorical (Maddison et al. 2014, arXiv:1411.0030).
         """
         output = obs
-        for layer in self.acting_layers:  # forward, not __call__, and no Sequential: 4% more steps per second
-            output = layer.forward(output)
+        for layer in layers or self.acting_layers():
+            output = layer(output)
         if self.discrete:
             return (output.view(-1, *self.output_shape) + (self.padding if noise is None else noise)).argmax(-1)
         return output if noise is None else output + self.log_std.exp() * noise
@@ -340,8 +350,9 @@ def collect_rollout(
     noise = agent.sample_noise(storage["rewards"].shape, generator).to(device)
     array = {name: tensor.numpy() for name, tensor in storage.items()}  # numpy writes a row several times faster
     episodes, episode_return, episode_length = [], array["episode_return"], array["episode_length"]
+    layers = agent.acting_layers()
     for t, (step_obs, step_noise) in enumerate(zip(obs[:-1], noise, strict=True)):
-        actions = agent.act(agent.normalize(step_obs.to(device)), step_noise).cpu()
+        actions = agent.act(agent.normalize(step_obs.to(device)), step_noise, layers).cpu()
         try:
             next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
             array["obs"][t + 1] = next_obs.reshape(obs.shape[1:])
@@ -447,7 +458,7 @@ def make_optimizer(flat: nn.Parameter, args: Args) -> Optimizer:
     """The optimizer of the vector of all parameters."""
     adam = partial(torch.optim.Adam, fused=True)
     optimizer = (adam if args.optimizer == "adam" else torch.optim.RMSprop)([flat], lr=args.learning_rate, eps=1e-5)
-    # the step alone, without the hooks and the profiler's record that torch puts around it: 9% faster updates
+    # the step alone, without the hooks and the profiler's record that torch puts around it: 7% faster updates
     optimizer.step = torch.no_grad()(partial(unwrap(type(optimizer).step), optimizer))
     return optimizer
 
@@ -473,8 +484,10 @@ def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors],
         outputs = func.functional_call(agent, parameters, (minibatch["obs"], minibatch["actions"]))
         return ppo_loss(*outputs, minibatch, args)
 
-    mode = "reduce-overhead" if flat.is_cuda else "default"  # the former replays CUDA graphs
-    gradient = torch.compile(func.grad_and_value(loss, has_aux=True), dynamic=False, mode=mode)
+    # in C++ around the kernels, and without checks at each call but for the sizes: 28% faster; or CUDA graphs
+    options = {"guard_filter_fn": lambda guards: [guard.guard_type == "TENSOR_MATCH" for guard in guards]}
+    options |= {"triton.cudagraphs": True} if flat.is_cuda else {"cpp_wrapper": True}
+    gradient = torch.compile(func.grad_and_value(loss, has_aux=True), dynamic=False, options=options)
     try:
         for minibatch in {len(minibatch["valid"]): minibatch for minibatch in minibatches}.values():
             gradient(flat.detach(), {name: tensor.to(flat.device) for name, tensor in minibatch.items()})
@@ -840,8 +853,8 @@ def main(args: Args) -> None:
                 progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
                 if args.eval_every and test_return > best_return:
                     best_return, checkpoints = test_return, ["best"]
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value, global_step)
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+            writer.file_writer.add_summary(Summary(value=values), global_step)  # of one event: 3% faster
             if iteration == num_iterations:
                 hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
                 writer.add_hparams(hparams, {"hp_metric": test_return}, run_name=".", global_step=global_step)
