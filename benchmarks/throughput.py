@@ -98,7 +98,7 @@ WORKLOADS = {
     "lunarlander": (
         f"--env-id LunarLander-v3 --num-envs 4 --num-steps 1024 --update-epochs 4 --per-rank-batch-size 64 {COMMON} "
         "--ent-coef 0.01 --total-timesteps 98304",
-        [name for name in CONTENDERS if "native" not in name],
+        [name for name in CONTENDERS if "Fabric" not in name and "native" not in name and name != PEER],
         "",
     ),
 }
@@ -114,7 +114,7 @@ class Args:
     """the contenders to compare (default: all of the workload)"""
     command: str = ""
     """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
-    turn: float = 1.0
+    turn: float = 0.5
     """seconds that a contender runs before the next one does"""
     results: Path = RESULTS / "throughput.jsonl"
     """file that the rows are appended to"""
