@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/learning.py mujoco --seeds 3 --workers 2
     python benchmarks/learning.py pong --seeds 1
+    python benchmarks/learning.py classic --seeds 5
 
 A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again unless the trainer's file or the
 command has changed since. At the end prints a Markdown table of the final greedy returns.
@@ -49,8 +50,21 @@ PONG = (
     "--num-envs 8 --num-steps 128 --update-epochs 4 --per-rank-batch-size 128 --learning-rate 5e-4 --clip-coef 0.1 "
     "--ent-coef 0.01 --clip-rewards"
 )
-# suite: environment: the command, to which --seed is added
+TWO_RANKS = "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py"
+LUNARLANDER = (
+    f"{TWO_RANKS} --env-id LunarLander-v3 --total-timesteps 500000 --num-envs 8 --num-steps 256 --gamma 0.999 "
+    "--gae-lambda 0.98 --ent-coef 0.01 --normalize-rewards --eval-episodes 20"
+)
+# suite: name: the command, to which --seed is added
 SUITES = {
+    "classic": {
+        "CartPole-v1": TWO_RANKS,
+        "LunarLander-v3": LUNARLANDER,
+    },
+    "replicated": {
+        "CartPole-v1": f"{TWO_RANKS} --share-data --replicate-update --compile",
+        "LunarLander-v3": f"{LUNARLANDER} --share-data --replicate-update --compile",
+    },
     "mujoco": {
         "HalfCheetah-v5": MUJOCO.format("HalfCheetah-v5"),
         "Hopper-v5": MUJOCO.format("Hopper-v5"),
@@ -64,7 +78,7 @@ SUITES = {
 
 @dataclass
 class Args:
-    suite: Annotated[Literal["mujoco", "pong"], tyro.conf.Positional]
+    suite: Annotated[Literal["classic", "replicated", "mujoco", "pong"], tyro.conf.Positional]
     """what to run"""
     seeds: int = 3
     """seeds 1 to this"""

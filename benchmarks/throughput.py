@@ -131,12 +131,16 @@ class Run:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = psutil.Popen(command, cwd=folder, env=environ, **output)
         threading.Thread(target=self.read, daemon=True).start()
-        while self.is_running() and not self.marks_printed:
-            time.sleep(0.02)
+        self.family = []
+
+    def stop_at_progress(self) -> bool:
+        """Stop it once it has printed its first mark; whether it has."""
         if not self.is_running():
-            raise SystemExit(f"error: {shlex.join(command)} ended early: {''.join(self.lines)}")
-        self.family = [self.process, *self.process.children(recursive=True)]
-        self.send(signal.SIGSTOP)
+            raise SystemExit(f"error: {shlex.join(self.process.args)} ended early: {''.join(self.lines)}")
+        if self.marks_printed and not self.family:
+            self.family = [self.process, *self.process.children(recursive=True)]
+            self.send(signal.SIGSTOP)
+        return bool(self.family)
 
     def read(self) -> None:
         for line in self.process.stdout:
@@ -209,6 +213,8 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
                 port = [f"--main-port={free_port()}"]  # fabric's default is the same for all
                 command = [*command[:2], *port, *command[2:]] if command[1] == "run" else command
                 runs[name] = Run(command, Path(folder) / str(len(runs)))
+            while sum(run.stop_at_progress() for run in runs.values()) < len(runs):
+                time.sleep(0.02)
             start = time.time()
             while all(run.is_running() for run in runs.values()):
                 for run in runs.values():
@@ -223,6 +229,7 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
             times = {name: run.milliseconds() for name, run in runs.items() if run.is_shipped}
         finally:
             for run in runs.values():
+                run.family = run.family or [run.process, *run.process.children(recursive=True)]
                 run.send(signal.SIGKILL)
     return speeds, times
 
