@@ -30,6 +30,7 @@ from glob import escape, glob
 from importlib import import_module
 from inspect import unwrap
 from itertools import pairwise
+from types import MethodType
 from typing import Literal
 
 import gymnasium as gym
@@ -94,7 +95,7 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
-    replicate_update: bool = False  # with share_data, each takes all of it: the ranks never exchange gradients
+    replicate_update: bool = False  # with share_data, each takes all of it instead, and no gradients are exchanged
     compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
     dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
@@ -274,11 +275,14 @@ class Agent(nn.Module):
         return self.normalizers["raw_obs"](obs) if self.normalizes_obs else obs
 
     def acting_layers(self) -> list[Callable]:
-        """The actor as bare functions for `act`, while its parameters stay where they are: 10% faster rollouts."""
+        """The actor as bare functions for `act`, while its parameters stay where they are: 10% faster rollouts.
+
+        An activation function overwrites what it is given, so that none may come first.
+        """
         functions = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
         return [
             partial(torch.addmm, layer.bias, mat2=layer.weight.t())
-            if isinstance(layer, nn.Linear)
+            if type(layer) is nn.Linear and layer.bias is not None
             else functions.get(type(layer), layer.forward)
             for layer in (*self.trunk, *self.actor)
         ]
@@ -459,7 +463,7 @@ def make_optimizer(flat: nn.Parameter, args: Args) -> Optimizer:
     adam = partial(torch.optim.Adam, fused=True)
     optimizer = (adam if args.optimizer == "adam" else torch.optim.RMSprop)([flat], lr=args.learning_rate, eps=1e-5)
     # the step alone, without the hooks and the profiler's record that torch puts around it: 7% faster updates
-    optimizer.step = torch.no_grad()(partial(unwrap(type(optimizer).step), optimizer))
+    optimizer.step = MethodType(torch.no_grad()(unwrap(type(optimizer).step)), optimizer)
     return optimizer
 
 
@@ -484,15 +488,18 @@ def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors],
         outputs = func.functional_call(agent, parameters, (minibatch["obs"], minibatch["actions"]))
         return ppo_loss(*outputs, minibatch, args)
 
-    # in C++ around the kernels, and without checks at each call but for the sizes: 28% faster; or CUDA graphs
+    # of what could make it compile again, a call checks the tensors' sizes alone: nothing else changes in a run; and it
+    # starts its kernels from C++, or as a CUDA graph: 28% faster together
     options = {"guard_filter_fn": lambda guards: [guard.guard_type == "TENSOR_MATCH" for guard in guards]}
-    options |= {"triton.cudagraphs": True} if flat.is_cuda else {"cpp_wrapper": True}
-    gradient = torch.compile(func.grad_and_value(loss, has_aux=True), dynamic=False, options=options)
+    options |= {"triton.cudagraphs": True, "deterministic": True} if flat.is_cuda else {"cpp_wrapper": True}
+    gradient = func.grad_and_value(loss, has_aux=True)
+    gradient = torch.compile(gradient, dynamic=False, options=options, isolate_recompiles=True)
     try:
         for minibatch in {len(minibatch["valid"]): minibatch for minibatch in minibatches}.values():
             gradient(flat.detach(), {name: tensor.to(flat.device) for name, tensor in minibatch.items()})
     except Exception as error:  # there are many, of many compilers
-        raise SystemExit(f"error: --compile: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SystemExit(f"error: --compile: {reason}") from error
     return gradient
 
 
@@ -506,11 +513,11 @@ def update(
     """
     metrics, (flat,) = [], optimizer.param_groups[0]["params"]
     for _ in range(args.update_epochs):
-        num_steps = len(metrics)
+        start = len(metrics)
         for minibatch in minibatches(batch):
             if gradient:
                 flat.grad, (_, means) = gradient(flat.detach(), minibatch)
-                if world_size > 1 and not args.replicate_update:
+                if world_size > 1:
                     dist.all_reduce(flat.grad)
                     flat.grad /= world_size
             else:
@@ -524,7 +531,7 @@ def update(
                 return torch.stack(metrics).mean(0)
             optimizer.step()
         if args.target_kl is not None:
-            approx_kl = torch.stack(metrics[num_steps:])[:, 3].mean()
+            approx_kl = torch.stack(metrics[start:])[:, 3].mean()
             if world_size > 1:
                 dist.all_reduce(approx_kl)  # all ranks decide on the same number, so that none leaves the loop alone
             if approx_kl / world_size > args.target_kl:
@@ -740,6 +747,7 @@ def main(args: Args) -> None:
     rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
     first_iteration = math.ceil(rows / rollout_size) + 1
     num_minibatches = max(1, round(rollout_size / (args.per_rank_batch_size * world_size)))
+    # replicated: gloo's exchange of a small network's gradients takes longer than all else of an optimizer step
     part, num_parts = (rank, world_size) if args.share_data and not args.replicate_update else (0, 1)
     # environments and agent: seeds of their own for all environments, also of a resumed run; parameters of one seed
     video_dir = f"{run_dir}/videos/train-from-step-{global_step}" if args.capture_video and rank == 0 else None
@@ -753,11 +761,13 @@ def main(args: Args) -> None:
         restore(state, agent, optimizer)
     model = DistributedDataParallel(agent) if world_size > 1 and not args.replicate_update else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
-    cut = {"num_minibatches": num_minibatches, "generator": shuffle_generator, "part": part, "num_parts": num_parts}
-    minibatches, gradient, start_time = partial(shuffle, **cut), None, time.perf_counter()
+    minibatches = partial(
+        shuffle, num_minibatches=num_minibatches, generator=shuffle_generator, part=part, num_parts=num_parts
+    )
+    gradient, start_time = None, time.perf_counter()
     if args.compile:
-        like = batch_like(agent, rollout_size if args.share_data else rollout_size // world_size)
-        gradient = compile_gradient(agent, flat, minibatches(like), args)
+        num_rows = rollout_size if args.share_data else rollout_size // world_size
+        gradient = compile_gradient(agent, flat, minibatches(batch_like(agent, num_rows)), args)
         if rank == 0:
             print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     # logs
@@ -770,7 +780,7 @@ def main(args: Args) -> None:
         progress = tqdm(initial=rows, total=total, unit="step", disable=not sys.stderr.isatty())
         if first_iteration > num_iterations:
             print(f"nothing left to train: raise --total-timesteps {args.total_timesteps} for more")
-    mean_return, test_return, stopping = math.nan, math.nan, False
+    mean_return, test_return, stopping, differed = math.nan, math.nan, False, False
 
     for iteration in range(first_iteration, num_iterations + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
@@ -808,9 +818,11 @@ def main(args: Args) -> None:
         comm_time = time.perf_counter()
         # update
         names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
-        means = update(model, optimizer, batch, args, minibatches, gradient, world_size)
-        # the square of a mean is the mean of the squares only if all ranks' checksums are the same
-        checksum = flat.detach().view(torch.int32).sum().double() % 2**20
+        num_models = 1 if args.replicate_update else world_size  # whose gradients are averaged
+        means = update(model, optimizer, batch, args, minibatches, gradient, num_models)
+        # all ranks' parameters are the same if the square of a checksum's mean is the mean of its squares, which stay
+        # exact below this prime
+        checksum = (flat.detach().view(torch.int32).sum() % 1048573).double()
         means = torch.cat([means.double(), torch.stack([checksum, checksum**2])])
         if world_size > 1:
             dist.all_reduce(means)
@@ -819,12 +831,12 @@ def main(args: Args) -> None:
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad or not flat.isfinite().all():
             raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
-        if checksum**2 != square:  # unequal processors, or worse: rank 0's parameters are taken
-            state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            dist.broadcast_object_list(states := [state])
-            restore(states[0], agent, optimizer)
-            if rank == 0:
-                progress.write(f"iteration {iteration}: the ranks' parameters differed, and are rank 0's now")
+        if checksum**2 != square:  # the ranks' arithmetic was not: unequal processors, or worse
+            for tensor in [flat.data, *(x for x in optimizer.state[flat].values() if x.dim())]:
+                dist.broadcast(tensor, 0)
+            if rank == 0 and not differed:
+                progress.write(f"iteration {iteration}: the ranks' parameters differ; whenever they do, rank 0's count")
+            differed = True
         losses["explained_variance"] = 1 - adv_var / ret_var if ret_var else math.nan  # advantages = returns - values
         update_time = time.perf_counter()
         rows, global_step = rows + rollout_size, global_step + int(count)

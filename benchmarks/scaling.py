@@ -8,6 +8,8 @@ Races as in throughput.py, on CartPole with 128 steps, 4 epochs and 4 minibatche
 varies at a time, around 2 ranks, 4 environments and a width of 64. Rows go to benchmarks/results/scaling.jsonl.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import statistics
 import time
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 import tyro
 
 from throughput import BIN, CARTPOLE, PYTHON, REPLICATE, RESULTS, ROOT, cpu_model, race
+
+FILES = ("ppo_torch_ddp.py", "ppo_fabric.py", "ppo_fabric_decoupled.py")
 
 
 @dataclass
@@ -61,16 +65,19 @@ def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str
 def main(args: Args) -> None:
     points = [(ranks, 4, 64) for ranks in args.ranks] + [(2, num_envs, 64) for num_envs in args.num_envs]
     points += [(2, 4, width) for width in args.widths]
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")}
+    hashes = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:16] for name in FILES}
     rows = []
     for ranks, num_envs, width in dict.fromkeys(points):
         lines = commands(ranks, num_envs, width, args.iterations)
         races = [race(lines, 1.0)[0] for _ in range(args.repeats)]
         medians = {name: round(statistics.median(speeds[name] for speeds in races)) for name in lines}
         rows.append({"ranks": ranks, "num_envs": num_envs, "width": width, "steps_per_second": medians})
-        rows[-1] |= {"repeats": args.repeats, "date": time.strftime("%Y-%m-%d"), "cpu": cpu_model()}
-        print(rows[-1], flush=True)
-    with (RESULTS / "scaling.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        rows[-1] |= {"repeats": args.repeats, "iterations": args.iterations, "date": time.strftime("%Y-%m-%d")}
+        rows[-1] |= {"source_sha256": hashes, "versions": versions, "cpu": cpu_model()}
+        with (RESULTS / "scaling.jsonl").open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(ranks, num_envs, width, medians, flush=True)
     print("\n| ranks | environments per rank | width | steps/s, the fastest first |\n| --- | --- | --- | --- |")
     for row in rows:
         ordered = sorted(row["steps_per_second"].items(), key=lambda item: -item[1])

@@ -17,13 +17,13 @@ import ppo_torch_ddp as ppo
 def main(args: ppo.Args) -> None:
     envs, _ = ppo.make_envs(args, args.num_envs, args.seed)
     actions = [np.stack([envs.single_action_space.sample() for _ in range(args.num_envs)]) for _ in range(64)]
-    steps, rows, dones = 0, 0, np.zeros(args.num_envs, dtype=bool)
+    steps, turn, dones = 0, 0, np.zeros(args.num_envs, dtype=bool)
     while steps < args.total_timesteps:
-        for _ in range(512 // args.num_envs):
-            _, _, terminated, truncated, _ = envs.step(actions[rows % 64])
+        for _ in range(max(1, 512 // args.num_envs)):
+            _, _, terminated, truncated, _ = envs.step(actions[turn % 64])
             steps += args.num_envs - np.count_nonzero(dones)
             dones = terminated | truncated
-            rows += 1
+            turn += 1
         print("step", steps, flush=True)
     envs.close()
 

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -211,7 +210,7 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
         try:
             for name, command in commands.items():
                 port = [f"--main-port={free_port()}"]  # fabric's default is the same for all
-                command = [*command[:2], *port, *command[2:]] if command[1] == "run" else command
+                command = [*command[:2], *port, *command[2:]] if command[1:2] == ["run"] else command
                 runs[name] = Run(command, Path(folder) / str(len(runs)))
             while sum(run.stop_at_progress() for run in runs.values()) < len(runs):
                 time.sleep(0.02)
@@ -224,7 +223,8 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
             for run in runs.values():  # the shipped files' logs are whole only at their end
                 run.send(signal.SIGCONT if run.is_shipped else signal.SIGKILL)
             for run in runs.values():
-                run.process.wait()
+                if run.process.wait() != 0 and run.is_shipped:
+                    raise SystemExit(f"error: {shlex.join(run.process.args)} failed: {''.join(run.lines)}")
             speeds = {name: run.speed(start, end) for name, run in runs.items()}
             times = {name: run.milliseconds() for name, run in runs.items() if run.is_shipped}
         finally:
@@ -242,8 +242,19 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
     flags, contenders, peer_flags = WORKLOADS[args.workload]
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
-    if args.command:
-        commands[args.command] = shlex.split(args.command)
+    if args.command:  # it runs in a folder of its own
+        parts = [str(Path(part).resolve()) if Path(part).is_file() else part for part in shlex.split(args.command)]
+        commands[args.command] = parts
+    packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
+    date, versions = time.strftime("%Y-%m-%d"), {package: importlib.metadata.version(package) for package in packages}
+    sources = {
+        name: [part for part in line if Path(part).is_file() and part.endswith(".py")]
+        for name, line in commands.items()
+    }
+    hashes = {
+        name: hashlib.sha256(Path(files[-1]).read_bytes()).hexdigest()[:16] if files else ""
+        for name, files in sources.items()
+    }
     figures = {name: [] for name in commands}
     for repeat in range(args.repeats):
         speeds, times = race(commands, args.turn)
@@ -251,11 +262,8 @@ def main(args: Args) -> None:
             figures[name].append(speed)
         print(f"{repeat + 1}/{args.repeats}: " + ", ".join(f"{n} {x:.0f}" for n, x in speeds.items()), flush=True)
 
-    packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
-    date, versions = time.strftime("%Y-%m-%d"), {package: importlib.metadata.version(package) for package in packages}
     rows = []
     for name, values in figures.items():
-        (*_, file) = [part for part in commands[name] if part.endswith(".py")] or [sys.executable]
         rows.append({
             "workload": args.workload,
             "contender": name,
@@ -270,7 +278,7 @@ def main(args: Args) -> None:
             },
             "milliseconds_in_last_race": times.get(name, {}),
             "date": date,
-            "source_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16],
+            "source_sha256": hashes[name],
             "versions": versions,
             "python": platform.python_version(),
             "cpu": cpu_model(),
@@ -308,9 +316,10 @@ def breakdown(rows: list[dict]) -> str:
     alone = next((row["median"] for row in rows if row["contender"] == ALONE), None)
     lines = ["| contender | stepping | acting, GAE | communication | update |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        if times := row["milliseconds_in_last_race"]:
-            sizes = [int(re.search(rf"--{flag} (\d+)", row["command"])[1]) for flag in ("num-envs", "num-steps")]
-            stepping = 1e3 * sizes[0] * sizes[1] / alone if alone else math.nan
+        times = row["milliseconds_in_last_race"]
+        sizes = [re.search(rf"--{flag} (\d+)", row["command"]) for flag in ("num-envs", "num-steps")]
+        if times and all(sizes) and alone and "native" not in row["contender"]:  # which does not step as `alone` does
+            stepping = 1e3 * int(sizes[0][1]) * int(sizes[1][1]) / alone
             rest = times["Time/rollout"] - stepping
             figures = stepping, rest, times["Time/communication"], times["Time/update"]
             lines.append(f"| {row['contender']} | {' | '.join(f'{value:.1f}' for value in figures)} |")

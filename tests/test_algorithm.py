@@ -425,9 +425,17 @@ def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
 
 
-@pytest.mark.parametrize("action_space", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))], ids=["Discrete", "Box"])
-def test_the_compiled_gradient_is_that_of_the_loss(action_space):
-    args = ppo.Args(clip_vloss=True, ent_coef=0.01)
+@pytest.mark.parametrize(
+    "action_space, clip_vloss, ent_coef",
+    [
+        (gym.spaces.MultiDiscrete([3, 2]), True, 0.01),
+        (gym.spaces.Box(-1, 1, (2,)), True, 0.01),
+        (gym.spaces.Box(-1, 1, (2,)), False, 0.0),  # as many parameters as the one before: nothing of that is reused
+    ],
+    ids=["MultiDiscrete", "Box", "other arguments"],
+)
+def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent_coef):
+    args = ppo.Args(clip_vloss=clip_vloss, ent_coef=ent_coef)
     agent = ppo.Agent(VECTOR, action_space, args)
     flat = ppo.flatten_parameters(agent)
     cut = {"num_minibatches": 3, "generator": torch.Generator(), "part": 0, "num_parts": 1}

@@ -34,7 +34,6 @@ HUNKS = (
     "deciding together to stop early",
     "processes, device, process group",
     "the model on its device, wrapped for training",
-    "precision of what is compiled",
     "the TensorBoard writer",
     "adding up statistics",
     "sharing rollouts",
