@@ -90,13 +90,13 @@ WORKLOADS = {
     ),
     "halfcheetah": (
         f"--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --per-rank-batch-size 64 {COMMON} "
-        "--normalize-obs --normalize-rewards --total-timesteps 40960",
+        "--normalize-obs --normalize-rewards --total-timesteps 24576",
         [BASE, "torch, 1 process, compiled", PEER, ALONE],
         "",
     ),
     "lunarlander": (
         f"--env-id LunarLander-v3 --num-envs 4 --num-steps 1024 --update-epochs 4 --per-rank-batch-size 64 {COMMON} "
-        "--ent-coef 0.01 --total-timesteps 98304",
+        "--ent-coef 0.01 --total-timesteps 81920",
         [name for name in CONTENDERS if "Fabric" not in name and "native" not in name and name != PEER],
         "",
     ),
@@ -108,7 +108,7 @@ class Args:
     workload: str = "cartpole"
     """one of cartpole, cartpole-example-sizes, halfcheetah, lunarlander"""
     repeats: int = 5
-    """races"""
+    """races; 0 prints the tables of the newest rows and draws the chart"""
     contenders: tuple[str, ...] = ()
     """the contenders to compare (default: all of the workload)"""
     command: str = ""
@@ -239,6 +239,10 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --workload {args.workload}: there are {', '.join(WORKLOADS)}")
     if unknown := set(args.contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
+    if args.repeats == 0:
+        rows = latest(args.results)[args.workload]
+        print(table(rows), breakdown(rows), sep="\n\n")
+        return draw(args.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
     flags, contenders, peer_flags = WORKLOADS[args.workload]
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
