@@ -899,5 +899,23 @@ def main(args: Args) -> None:
         raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
+def run() -> None:
+    """`main` with the command line's flags; an error is the last line, also of a launcher's report."""
+    try:
+        main(tyro.cli(Args))
+    except SystemExit as end:
+        if end.code == 2:  # tyro's, after its explanation
+            end.code = f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}"
+        if isinstance(end.code, str):
+            end.code = " ".join(end.code.split())
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:
+                with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+                    json.dump({"message": end.code, "timestamp": int(time.time())}, file)
+        raise
+    except Exception:
+        time.sleep(1)  # a rank that has lost another is not the first to leave: the report ends with the first's error
+        raise
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run()

@@ -541,7 +541,7 @@ def cases(names: Iterable[str], *fast: str) -> list:
 
 
 def fails_with_one_line(command: list, folder: Path, said: str) -> None:
-    """An end soon, no process left, a status that is not 0, and one message instead of a traceback.
+    """An end soon, no process left, a status that is not 0, and one message, the last line, instead of a traceback.
 
     Soon is 10 seconds more than starting up takes: the launcher, the imports, and the flags that are read.
     """
@@ -554,10 +554,17 @@ def fails_with_one_line(command: list, folder: Path, said: str) -> None:
         (file,) = [i for i, word in enumerate(command) if word in LAUNCHERS]
         assert Command([*command[: file + 1], "-h"], cwd=folder).finish()[0] == 0
         assert seconds <= time.monotonic() - start_time + 10, output
+    last = last_line(output)
     lines = re.findall(r"error: .*", output)
-    shortest = min(lines, key=len)
-    assert said in shortest and all(shortest in line for line in lines), output  # all ranks that say it say the same
+    assert said in last and all(last in line for line in lines), output  # all ranks that say it say the same
     assert not re.search(r'ppo_\w+.py", line', output), output
+
+
+def last_line(output: str) -> str:
+    """The error that the output ends with: as a line of its own, or as the last of a launcher's report."""
+    *_, last = [line for line in output.splitlines() if not re.fullmatch("=*", line)]
+    assert re.match("(  traceback : )?error: ", last), output
+    return last.removeprefix("  traceback : ")
 
 
 @pytest.mark.parametrize("case", cases(BAD, "unknown environment", "no GPU", "NaN observation"))
@@ -620,6 +627,7 @@ def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks, rank, switch
     flags = ["--env-id", "toy_envs:Raises-v0", "--env-kwargs", f'{{"rank":{rank}}}', "--eval-episodes", 0, *switches]
     status, output = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path).finish(timeout=30)
     assert status != 0
+    assert last_line(output) == "error: toy_envs:Raises-v0: RuntimeError: the simulator broke"
     assert_shown_first("the simulator broke", output)
 
 
