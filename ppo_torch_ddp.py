@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -95,7 +96,7 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
-    replicate_update: bool = False  # with share_data, each takes all of it instead, and no gradients are exchanged
+    tcp_all_reduce: bool = False  # sum gradients and statistics over plain TCP, not gloo: small networks on CPUs
     compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
     dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
@@ -503,9 +504,56 @@ def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors],
     return gradient
 
 
+def connect(rank: int, world_size: int, broadcast: Callable) -> list[socket.socket]:
+    """Rank 0's connections to the other ranks, in their order; another rank's only one, to rank 0."""
+    host = os.environ["MASTER_ADDR"]  # the launcher's name of rank 0's machine
+    server = socket.create_server((host, 0)) if rank == 0 else None
+    port = broadcast(server.getsockname()[1] if server else 0)
+    if server:
+        accepted = [server.accept()[0] for _ in range(world_size - 1)]
+        peers = sorted(accepted, key=lambda peer: int.from_bytes(peer.recv(4), "big"))
+        server.close()
+    else:
+        peers = [socket.create_connection((host, port))]
+        peers[0].sendall(rank.to_bytes(4, "big"))
+    for peer in peers:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        peer.setblocking(False)
+    return peers
+
+
+def transfer(send_or_receive: Callable[[memoryview], int], tensor: Tensor, timeout: float) -> None:
+    """Pass the bytes of a tensor through a connection, awake: going to sleep and being woken takes longer."""
+    view, start_time = memoryview(tensor.numpy()).cast("B"), time.monotonic()
+    while view:
+        try:
+            size = send_or_receive(view)
+            if size == 0:
+                raise ConnectionError("a rank has closed its connection")
+            view = view[size:]
+        except BlockingIOError:
+            waited = time.monotonic() - start_time
+            if waited > timeout:
+                raise TimeoutError(f"timed out after {timeout} seconds of waiting for another rank") from None
+            time.sleep(0.001) if waited > 0.1 else os.sched_yield()  # a longer wait is for an evaluation
+
+
+def tcp_all_reduce(tensor: Tensor, rank: int, peers: list[socket.socket], timeout: float) -> Tensor:
+    """Make each rank's tensor the sum of all. Rank 0 adds them up, for all the same bits."""
+    for peer in peers:
+        if rank == 0:
+            transfer(peer.recv_into, part := torch.empty_like(tensor), timeout)
+            tensor += part
+        else:
+            transfer(peer.send, tensor, timeout)
+    for peer in peers:
+        transfer(peer.send if rank == 0 else peer.recv_into, tensor, timeout)
+    return tensor
+
+
 def update(
     model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, minibatches: Callable,
-    gradient: Callable | None, world_size: int,
+    gradient: Callable | None, all_reduce: Callable, world_size: int,
 ) -> Tensor:  # fmt: skip
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
@@ -517,13 +565,12 @@ def update(
         for minibatch in minibatches(batch):
             if gradient:
                 flat.grad, (_, means) = gradient(flat.detach(), minibatch)
-                if world_size > 1:
-                    dist.all_reduce(flat.grad)
-                    flat.grad /= world_size
             else:
                 loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
                 flat.grad.zero_()
                 loss.backward()
+            if world_size > 1 and (args.compile or args.tcp_all_reduce):  # else DDP has averaged the gradients
+                flat.grad = all_reduce(flat.grad).div_(world_size)
             grad_norm = flat.grad.norm()
             flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, 4% faster
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
@@ -531,9 +578,7 @@ def update(
                 return torch.stack(metrics).mean(0)
             optimizer.step()
         if args.target_kl is not None:
-            approx_kl = torch.stack(metrics[start:])[:, 3].mean()
-            if world_size > 1:
-                dist.all_reduce(approx_kl)  # all ranks decide on the same number, so that none leaves the loop alone
+            approx_kl = all_reduce(torch.stack(metrics[start:])[:, 3].mean())  # of all ranks: none leaves it alone
             if approx_kl / world_size > args.target_kl:
                 break
     return torch.stack(metrics).mean(0)
@@ -690,6 +735,21 @@ def evaluate_checkpoint(args: Args) -> None:
         print(f"videos: {video_dir}")
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Make each rank's tensor the sum of all."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value: object) -> object:
+    """Rank 0's value, for all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def catch_signals() -> list[tuple[int, float]]:
     """The SIGINT and SIGTERM received from now on, with their times: the run is to stop after the iteration.
 
@@ -730,8 +790,10 @@ def main(args: Args) -> None:
         store = dist.PrefixStore(f"restart-{restart}", next(dist.rendezvous("env://", rank, world_size))[0])
         backend, timeout = "nccl" if args.cuda else "gloo", timedelta(seconds=args.dist_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        dist.broadcast_object_list(states := [state])
-        (state,) = states
+    all_reduce, state = sum_over_ranks, broadcast(state)
+    if args.tcp_all_reduce and world_size > 1:
+        peers = connect(rank, world_size, broadcast)
+        all_reduce = partial(tcp_all_reduce, rank=rank, peers=peers, timeout=args.dist_timeout)
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     rollout_size = world_size * args.num_envs * args.num_steps
@@ -740,15 +802,14 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if args.per_rank_batch_size * world_size > rollout_size:
         raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
-    if args.replicate_update and not args.share_data:
-        raise SystemExit("error: --replicate-update needs --share-data")
+    if args.tcp_all_reduce and device.type != "cpu":
+        raise SystemExit("error: --tcp-all-reduce is for CPUs, whose gloo is slow; NCCL is not")
     # counters of the run; rows are those of resets too, which global_step leaves out
     names = ("rows", "global_step", "best_return")
     rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
     first_iteration = math.ceil(rows / rollout_size) + 1
     num_minibatches = max(1, round(rollout_size / (args.per_rank_batch_size * world_size)))
-    # replicated: gloo's exchange of a small network's gradients takes longer than all else of an optimizer step
-    part, num_parts = (rank, world_size) if args.share_data and not args.replicate_update else (0, 1)
+    part, num_parts = (rank, world_size) if args.share_data else (0, 1)
     # environments and agent: seeds of their own for all environments, also of a resumed run; parameters of one seed
     video_dir = f"{run_dir}/videos/train-from-step-{global_step}" if args.capture_video and rank == 0 else None
     envs, first_obs = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
@@ -759,7 +820,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(flat, args)
     if state:
         restore(state, agent, optimizer)
-    model = DistributedDataParallel(agent) if world_size > 1 and not args.replicate_update else agent
+    model = DistributedDataParallel(agent) if world_size > 1 and not args.tcp_all_reduce else agent
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
     minibatches = partial(
         shuffle, num_minibatches=num_minibatches, generator=shuffle_generator, part=part, num_parts=num_parts
@@ -800,8 +861,7 @@ def main(args: Args) -> None:
         # communication: statistics over all ranks, and with share_data the rows themselves
         sums = [batch_sums(batch, rollout, episodes, signals)]
         sums += [x.sums(rollout[name][: args.num_steps][rollout["valid"]]) for name, x in agent.normalizers.items()]
-        for tensor in sums if world_size > 1 else ():
-            dist.all_reduce(tensor)
+        sums = [all_reduce(tensor) for tensor in sums]
         count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad, stop = sums[0].tolist()
         if any(bad):
             raise SystemExit(f"error: iteration {iteration}: not finite: {bad[0]:g} observations, {bad[1]:g} rewards")
@@ -818,14 +878,11 @@ def main(args: Args) -> None:
         comm_time = time.perf_counter()
         # update
         names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
-        num_models = 1 if args.replicate_update else world_size  # whose gradients are averaged
-        means = update(model, optimizer, batch, args, minibatches, gradient, num_models)
+        means = update(model, optimizer, batch, args, minibatches, gradient, all_reduce, world_size)
         # all ranks' parameters are the same if the square of a checksum's mean is the mean of its squares, which stay
         # exact below this prime
         checksum = (flat.detach().view(torch.int32).sum() % 1048573).double()
-        means = torch.cat([means.double(), torch.stack([checksum, checksum**2])])
-        if world_size > 1:
-            dist.all_reduce(means)
+        means = all_reduce(torch.cat([means.double(), torch.stack([checksum, checksum**2])]))
         *means, checksum, square = (means / world_size).tolist()
         losses = dict(zip(names, means, strict=True))
         bad = [name for name, value in losses.items() if not math.isfinite(value)]

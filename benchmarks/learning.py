@@ -61,9 +61,9 @@ SUITES = {
         "CartPole-v1": TWO_RANKS,
         "LunarLander-v3": LUNARLANDER,
     },
-    "replicated": {
-        "CartPole-v1": f"{TWO_RANKS} --share-data --replicate-update --compile",
-        "LunarLander-v3": f"{LUNARLANDER} --share-data --replicate-update --compile",
+    "fast": {
+        "CartPole-v1": f"{TWO_RANKS} --tcp-all-reduce --compile",
+        "LunarLander-v3": f"{LUNARLANDER} --tcp-all-reduce --compile",
     },
     "mujoco": {
         "HalfCheetah-v5": MUJOCO.format("HalfCheetah-v5"),
@@ -78,7 +78,7 @@ SUITES = {
 
 @dataclass
 class Args:
-    suite: Annotated[Literal["classic", "replicated", "mujoco", "pong"], tyro.conf.Positional]
+    suite: Annotated[Literal["classic", "fast", "mujoco", "pong"], tyro.conf.Positional]
     """what to run"""
     seeds: int = 3
     """seeds 1 to this"""

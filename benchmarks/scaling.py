@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from throughput import BIN, CARTPOLE, PYTHON, REPLICATE, RESULTS, ROOT, cpu_model, race
+from throughput import BIN, CARTPOLE, PYTHON, RESULTS, ROOT, TCP, cpu_model, race
 
 FILES = ("ppo_torch_ddp.py", "ppo_fabric.py", "ppo_fabric_decoupled.py")
 
@@ -46,8 +46,8 @@ def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str
     actors = dict.fromkeys(lines, ranks)
     if ranks > 1:
         for name in ("torch", "Fabric"):
-            lines[f"{name}, replicated"] = [*lines[name], *REPLICATE]
-            actors[f"{name}, replicated"] = ranks
+            lines[f"{name}, TCP"] = [*lines[name], *TCP]
+            actors[f"{name}, TCP"] = ranks
         for players in sorted({1, ranks - 1}):
             name = f"decoupled, {players} of {ranks} play, overlap"
             lines[name] = [*fabric_run, "ppo_fabric_decoupled.py", "--overlap", "--num-players", str(players)]

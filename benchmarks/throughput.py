@@ -45,7 +45,7 @@ BIN = Path(sys.executable).parent
 PYTHON = [sys.executable]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
 FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
-REPLICATE = ["--share-data", "--replicate-update"]
+TCP = ["--tcp-all-reduce"]
 BASE, PEER, ALONE = "torch, 1 process", "Stable-Baselines3, 1 process", "stepping alone, 1 process"
 # name: launcher, file, further flags
 CONTENDERS = {
@@ -54,11 +54,11 @@ CONTENDERS = {
     "torch, 1 process, native vector environment": (PYTHON, "ppo_torch_ddp.py", ["--vec-env", "native"]),
     "Fabric, 1 process": (PYTHON, "ppo_fabric.py", []),
     "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", []),
-    "torch, 2 ranks, replicated": (TORCHRUN, "ppo_torch_ddp.py", REPLICATE),
-    "torch, 2 ranks, replicated, compiled": (TORCHRUN, "ppo_torch_ddp.py", [*REPLICATE, "--compile"]),
+    "torch, 2 ranks, TCP": (TORCHRUN, "ppo_torch_ddp.py", TCP),
+    "torch, 2 ranks, TCP, compiled": (TORCHRUN, "ppo_torch_ddp.py", [*TCP, "--compile"]),
     "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", []),
-    "Fabric, 2 ranks, replicated": (FABRIC_RUN, "ppo_fabric.py", REPLICATE),
-    "Fabric, 2 ranks, replicated, compiled": (FABRIC_RUN, "ppo_fabric.py", [*REPLICATE, "--compile"]),
+    "Fabric, 2 ranks, TCP": (FABRIC_RUN, "ppo_fabric.py", TCP),
+    "Fabric, 2 ranks, TCP, compiled": (FABRIC_RUN, "ppo_fabric.py", [*TCP, "--compile"]),
     "decoupled, 1 player, 1 trainer": (FABRIC_RUN, "ppo_fabric_decoupled.py", []),
     "decoupled, 1 player, 1 trainer, overlap": (FABRIC_RUN, "ppo_fabric_decoupled.py", ["--overlap"]),
     "decoupled, 1 player, 1 trainer, overlap, compiled": (

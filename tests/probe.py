@@ -4,7 +4,7 @@ FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as 
 each update), `batches` (what each update was given), `received` (with overlap, the same before `recenter`), `steps`
 (the optimiser's count of steps after the last), `state` (the agent's state_dict at the end), `cpus` (that the rank may
 use), `normalised` (by their size, the rows that the normalisers took in). On rank $BREAKS the third update raises an
-exception, on rank $DRIFTS it gets other advantages.
+exception, on rank $DRIFTS it leaves other parameters.
 """
 
 import importlib.util
@@ -37,9 +37,9 @@ def probe(module) -> dict:
         if len(notes["after"]) == 2 and "BREAKS" in os.environ and os.environ["BREAKS"] == os.environ["RANK"]:
             raise RuntimeError("the update broke")
         notes["batches"].append({name: tensor.clone() for name, tensor in batch.items()})
-        if len(notes["after"]) == 2 and os.environ.get("DRIFTS", "none") == os.environ.get("RANK"):
-            batch["advantages"] = 2 * batch["advantages"]
         result = update(model, optimizer, batch, *rest)
+        if len(notes["after"]) == 2 and os.environ.get("DRIFTS", "none") == os.environ.get("RANK"):
+            next(model.parameters()).data += 1e-3
         notes["after"].append(vector(model))
         notes["steps"] = int(next(iter(optimizer.state.values()))["step"])
         notes["model"] = model

@@ -1,6 +1,8 @@
 """The shipped functions against references that share no code with them."""
 
 import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -462,18 +464,16 @@ def test_target_kl_ends_the_update(run_main):
 
 @pytest.mark.parametrize("module", [ppo, ppo_fabric, decoupled], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("others_kl, target_kl, epochs", [(1e3, 10.0, 1), (-1e3, 1e-9, 3)])
-def test_target_kl_is_of_all_ranks(monkeypatch, module, others_kl, target_kl, epochs):
+def test_target_kl_is_of_all_ranks(module, others_kl, target_kl, epochs):
     """One of two ranks stops after the first epoch although it is below the limit, or goes on although it is above."""
 
     def add_others(approx_kl: torch.Tensor) -> torch.Tensor:
         return approx_kl.add_(others_kl)
 
     fabric = SimpleNamespace(backward=lambda loss: loss.backward())
-    fabric.all_reduce = lambda approx_kl: add_others(approx_kl) / 2
     fabric.clip_gradients = lambda *_, **__: torch.tensor(0.0)
     group = SimpleNamespace(rank=0, world_size=2, all_reduce=add_others)
-    ranks = {ppo: 2, ppo_fabric: fabric, decoupled: group}[module]
-    monkeypatch.setattr(ppo.dist, "all_reduce", add_others)
+    ranks = {ppo: (add_others, 2), ppo_fabric: (add_others, 2, fabric), decoupled: (group,)}[module]
 
     args = module.Args(target_kl=target_kl, update_epochs=3, per_rank_batch_size=32)
     agent = module.Agent(VECTOR, gym.spaces.Discrete(2), args)
@@ -484,8 +484,58 @@ def test_target_kl_is_of_all_ranks(monkeypatch, module, others_kl, target_kl, ep
     batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values, "returns": torch.randn(64)}
     batch |= {"advantages": torch.randn(64), "valid": torch.ones(64, dtype=torch.bool)}
     cut = {"num_minibatches": 2, "generator": torch.Generator().manual_seed(0), "part": 0, "num_parts": 1}
-    module.update(agent, optimizer, batch, args, partial(module.shuffle, **cut), None, ranks)
+    module.update(agent, optimizer, batch, args, partial(module.shuffle, **cut), None, *ranks)
     assert optimizer.state[flat]["step"] == 2 * epochs
+
+
+def on_three_ranks(monkeypatch, task) -> list:
+    """What `task(rank, peers)` returns or raises on each of three ranks that are connected: threads of this process."""
+    port = Future()
+
+    def run(rank: int):
+        def broadcast(value: int) -> int:
+            if rank == 0:
+                port.set_result(value)
+            return port.result()
+
+        peers = ppo.connect(rank, 3, broadcast)
+        try:
+            return task(rank, peers)
+        except OSError as error:
+            return error
+        finally:
+            for peer in peers:
+                peer.close()
+
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with ThreadPoolExecutor(3) as ranks:
+        return list(ranks.map(run, range(3)))
+
+
+def test_sums_over_tcp_are_the_same_on_all_ranks(monkeypatch):
+    """Of no dimension, of a few numbers, and of more than the sockets' buffers hold, one after the other."""
+    torch.manual_seed(0)
+    shapes = [((), torch.float64), ((3, 5), torch.float32), ((3_000_000,), torch.float32), ((11,), torch.float64)]
+    tensors = [[torch.randn(shape, dtype=dtype) for shape, dtype in shapes] for _ in range(3)]
+    expected = [x + y + z for x, y, z in zip(*tensors, strict=True)]
+
+    def task(rank, peers):
+        return [ppo.tcp_all_reduce(x.clone(), rank, peers, 60) for x in tensors[rank]]
+
+    for sums in on_three_ranks(monkeypatch, task):
+        assert all(torch.equal(x, y) for x, y in zip(sums, expected, strict=True))
+
+
+def test_a_rank_that_leaves_or_hangs_is_an_error_for_the_others(monkeypatch):
+    def task(rank, peers, leaving=True):
+        if rank == 2:
+            return None if leaving else time.sleep(2)
+        return ppo.tcp_all_reduce(torch.zeros(5), rank, peers, 1)
+
+    left = on_three_ranks(monkeypatch, task)
+    assert left[2] is None and all(isinstance(error, ConnectionError) for error in left[:2])
+    hung = on_three_ranks(monkeypatch, partial(task, leaving=False))
+    assert isinstance(hung[0], TimeoutError) and isinstance(hung[1], TimeoutError | ConnectionError)
 
 
 def test_evaluation_is_greedy_and_of_whole_episodes():

@@ -452,10 +452,10 @@ def test_nothing_that_is_not_finite_reaches_the_parameters():
     batch = {"obs": torch.randn(32, 4), "actions": torch.zeros(32, 1, dtype=torch.int64)}
     batch |= {name: torch.randn(32) for name in names} | {"valid": torch.ones(32, dtype=torch.bool)}
     minibatches = partial(ppo.shuffle, num_minibatches=4, generator=torch.Generator(), part=0, num_parts=1)
-    ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
+    ppo.update(agent, optimizer, batch, args, minibatches, None, ppo.sum_over_ranks, 1)
     before = flat.detach().clone()
     batch["advantages"][:] = torch.inf
-    means = ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
+    means = ppo.update(agent, optimizer, batch, args, minibatches, None, ppo.sum_over_ranks, 1)
     assert not means.isfinite().all() and torch.equal(flat, before)
     assert next(iter(optimizer.state.values()))["step"] == 2 * 4  # of the first update
 

@@ -25,7 +25,7 @@ PROBE = TESTS / "probe.py"
 LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
 SLOW = pytest.mark.slow
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
-REPLICATE = ["--share-data", "--replicate-update"]
+TCP = ["--tcp-all-reduce"]
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
 
@@ -85,10 +85,10 @@ def assert_normalised(iterations: list[tuple[dict, ...]], folder: Path) -> None:
     assert scalars(folder)["Loss/policy_loss"][-1][0] == steps
 
 
-@pytest.mark.parametrize("switches", [["--share-data"], REPLICATE], ids=["parts", "replicated"])
+@pytest.mark.parametrize("switches", [[], TCP], ids=["ddp", "tcp"])
 def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path, switches):
-    """Two ranks with --share-data take the steps that one process takes on all the rows, replicated to the bit."""
-    flags = [*SMALL, "--total-timesteps", 1024, *switches]
+    """Two ranks with --share-data take the steps that one process takes on all the rows."""
+    flags = [*SMALL, "--total-timesteps", 1024, "--share-data", *switches]
     first, second = run_probe(TORCH, tmp_path, *flags, ranks=2)
     args = ppo.Args(update_epochs=2)
     agent = ppo.Agent(*cartpole_spaces(), ppo.Args())
@@ -96,21 +96,20 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path, switches):
     optimizer = torch.optim.Adam([ppo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     generator = torch.Generator()
     minibatches = partial(ppo.shuffle, num_minibatches=4, generator=generator, part=0, num_parts=1)
-    tolerance = {"atol": 0, "rtol": 0} if "--replicate-update" in switches else {"atol": 2e-5, "rtol": 1e-4}
     for iteration, (batch, after) in enumerate(zip(first["batches"], first["after"], strict=True)):
         generator.manual_seed(np.random.SeedSequence((1, iteration * 2 * 4 * 32)).generate_state(4).tolist()[1])
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / len(first["after"]))
         assert not batch["valid"].all()  # so that the ranks' counts of valid rows differ
-        ppo.update(agent, optimizer, batch, args, minibatches, None, 1)
+        ppo.update(agent, optimizer, batch, args, minibatches, None, ppo.sum_over_ranks, 1)
         parameters = torch.nn.utils.parameters_to_vector(agent.parameters())
-        torch.testing.assert_close(parameters, after, **tolerance)
+        torch.testing.assert_close(parameters, after, atol=2e-5, rtol=1e-4)
         assert torch.equal(after, second["after"][iteration])
 
 
 @pytest.mark.parametrize("file", [TORCH, pytest.param(FABRIC, marks=SLOW)])
 def test_ranks_whose_parameters_differ_go_on_with_those_of_rank_0(tmp_path, file):
-    """The third update of rank 1 is of other advantages: rank 0 does not notice, the fourth starts from rank 0's."""
-    flags = ["--total-timesteps", 1024, *SMALL, *REPLICATE]
+    """The third update of rank 1 ends elsewhere: rank 0 does not notice, the fourth starts from rank 0's."""
+    flags = ["--total-timesteps", 1024, *SMALL, *TCP]
     (tmp_path / "drifting").mkdir()
     command = [*LAUNCHERS[file](2), PROBE, file, tmp_path / "drifting", *flags]
     output = run(command, cwd=tmp_path / "drifting", DRIFTS="1")
@@ -178,11 +177,11 @@ def test_two_machines_and_no_seed_twice(tmp_path, file):
     assert len(scalars(tmp_path)["Loss/policy_loss"]) == 2  # and rank 0 alone writes
 
 
-SAME_BITS = [("CartPole-v1", 1, []), ("CartPole-v1", 2, REPLICATE), ("Pendulum-v1", 2, [])]
+SAME_BITS = [("CartPole-v1", 1, []), ("CartPole-v1", 2, TCP), ("Pendulum-v1", 2, [])]
 MORE_BITS = [("CartPole-v1", 1, ["--share-data"]), ("CartPole-v1", 2, []), ("CartPole-v1", 2, ["--share-data"])]
 MORE_BITS += [("CartPole-v1", 1, ["--compile"]), ("CartPole-v1", 2, ["--compile"])]
-MORE_BITS += [("Pendulum-v1", 2, [*REPLICATE, "--compile"])]
-MORE_BITS += [("Pendulum-v1", ranks, switches) for ranks, switches in ((1, []), (1, REPLICATE), (2, ["--share-data"]))]
+MORE_BITS += [("Pendulum-v1", 2, [*TCP, "--compile"]), ("Pendulum-v1", 2, [*TCP, "--share-data"])]
+MORE_BITS += [("Pendulum-v1", ranks, switches) for ranks, switches in ((1, []), (1, TCP), (2, ["--share-data"]))]
 SAME_BITS += [pytest.param(*case, marks=SLOW) for case in MORE_BITS]
 
 
@@ -484,7 +483,6 @@ def test_vector_environments_of_others(tmp_path, file, ranks, env_id, vec_env):
 BAD = {
     "unknown environment": ("--env-id NoSuch-v0", "NoSuch"),
     "observation space": ("--env-id toy_envs:TextObs-v0", "wrappers.TransformObservation"),
-    "replicated": ("--replicate-update", "--replicate-update needs --share-data"),
     "zero updates": ("--total-timesteps 1000", "--total-timesteps 1000"),
     "batch": ("--per-rank-batch-size 513", "--per-rank-batch-size 513"),
     "negative size": ("--num-envs -1", "--num-envs"),
