@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_torch_ddp as ppo
 from launch import ROOT, Command, fabric_run, run, torchrun
-from test_launch import DECOUPLED, FABRIC, LAUNCHERS, NAMES, SLOW, TORCH, cases, fails_with_one_line, last_line
+from test_launch import DECOUPLED, FABRIC, LAUNCHERS, NAMES, SLOW, TCP, TORCH, cases, fails_with_one_line, last_line
 
 CLOCK = ["--env-id", "toy_envs:Clock-v0", "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 2]
 CLOCK += ["--normalize-obs", "--normalize-rewards", "--eval-episodes", 2, "--checkpoint-every", 5]
@@ -207,13 +207,14 @@ def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kil
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file, ranks, runs", [(TORCH, 2, 4), (FABRIC, 2, 1), (DECOUPLED, 3, 1)], **NAMES)
 def test_many_kills_and_a_solved_cartpole(tmp_path, file, ranks, runs):
-    """Each rank in turn, at random moments, five kills a run: twenty under torchrun."""
+    """Each rank in turn, at random moments, five kills a run: twenty under torchrun, ten of them with TCP."""
     moments = torch.rand(runs, 5)
     for number in range(runs):
         kills = [((number * 5 + i) % ranks, 2 * float(moments[number, i])) for i in range(5)]
         folder = tmp_path / str(number)
         folder.mkdir()
-        kill_and_finish(file, ranks, ["--resume", "auto", "--checkpoint-every", 5], kills, folder)
+        flags = ["--resume", "auto", "--checkpoint-every", 5, *(TCP if number % 2 else [])]
+        kill_and_finish(file, ranks, flags, kills, folder)
         rollout = (1 if file == DECOUPLED else ranks) * 512
         assert_whole(folder, 100_000 // rollout * rollout, rollout)
         assert curves(folder)["Test/cumulative_reward"][-1][1] >= 475
@@ -426,13 +427,13 @@ def test_faults(tmp_path, case):
     assert status != 0 and said in last_line(output), output
 
 
-HANGS = [(TORCH, 2), pytest.param(FABRIC, 2, marks=SLOW), pytest.param(DECOUPLED, 2, marks=SLOW)]
+HANGS = [(TORCH, []), *(pytest.param(*case, marks=SLOW) for case in ((TORCH, TCP), (FABRIC, []), (DECOUPLED, [])))]
 
 
-@pytest.mark.parametrize("file, ranks", HANGS, **NAMES)
-def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, ranks):
-    flags = [*TINY, "--total-timesteps", 10**7, "--dist-timeout", 5]
-    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+@pytest.mark.parametrize("file, switches", HANGS, **NAMES)
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, switches):
+    flags = [*TINY, "--total-timesteps", 10**7, "--dist-timeout", 5, *switches]
+    command = Command([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path)
     wait_for(lambda: list(tmp_path.rglob("events.*")))
     time.sleep(1)
     hanging = command.rank_pid(1)

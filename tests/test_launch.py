@@ -617,6 +617,7 @@ def test_a_launcher_without_gpus_starts_nothing(tmp_path):
 
 BREAKING = [(TORCH, 2, 1, []), pytest.param(FABRIC, 2, 1, [], marks=SLOW), (DECOUPLED, 3, 1, ["--num-players", "2"])]
 BREAKING += [pytest.param(DECOUPLED, 4, rank, TWO_PLAYERS, marks=SLOW) for rank in range(2)]
+BREAKING += [pytest.param(file, 2, rank, TCP, marks=SLOW) for file in (TORCH, FABRIC) for rank in range(2)]
 
 
 @pytest.mark.parametrize("file, ranks, rank, switches", BREAKING, **NAMES)
@@ -631,7 +632,10 @@ def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks, rank, switch
 
 def assert_shown_first(cause: str, output: str) -> None:
     """The other ranks' complaints that they have lost their peer come later, if at all."""
-    others = [match.start() for match in re.finditer("RuntimeError: .*[Gg]loo|Connection closed", output)]
+    others = [
+        match.start()
+        for match in re.finditer("RuntimeError: .*[Gg]loo|Connection closed|ConnectionError|BrokenPipeError", output)
+    ]
     assert cause in output and output.index(cause) < min(others, default=len(output)), output
 
 
