@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -504,50 +505,63 @@ def compile_gradient(agent: Agent, flat: Tensor, minibatches: Iterator[Tensors],
     return gradient
 
 
-def connect(rank: int, world_size: int, broadcast: Callable) -> list[socket.socket]:
+def connect_ranks(rank: int, world_size: int, timeout: float, broadcast: Callable) -> list[socket.socket]:
     """Rank 0's connections to the other ranks, in their order; another rank's only one, to rank 0."""
-    host = os.environ["MASTER_ADDR"]  # the launcher's name of rank 0's machine
-    server = socket.create_server((host, 0)) if rank == 0 else None
+    server = socket.create_server(("", 0)) if rank == 0 else None  # other machines may have another address for it
     port = broadcast(server.getsockname()[1] if server else 0)
     if server:
-        accepted = [server.accept()[0] for _ in range(world_size - 1)]
-        peers = sorted(accepted, key=lambda peer: int.from_bytes(peer.recv(4), "big"))
-        server.close()
+        server.settimeout(timeout)
+        peers = {}
+        while len(peers) < world_size - 1:
+            peer, _ = server.accept()
+            peer.settimeout(timeout)
+            peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")] = peer
+        if sorted(peers) != list(range(1, world_size)):
+            raise ConnectionError("somebody else connected to rank 0")
+        connections = [peers[other] for other in sorted(peers)]
     else:
-        peers = [socket.create_connection((host, port))]
-        peers[0].sendall(rank.to_bytes(4, "big"))
-    for peer in peers:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        peer.setblocking(False)
-    return peers
+        connections = [socket.create_connection((os.environ["MASTER_ADDR"], port), timeout)]
+        connections[0].sendall(rank.to_bytes(4, "big"))
+    for connection in connections:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.setblocking(False)
+    return connections
 
 
 def transfer(send_or_receive: Callable[[memoryview], int], tensor: Tensor, timeout: float) -> None:
-    """Pass the bytes of a tensor through a connection. Staying awake meanwhile makes two ranks 10% faster."""
+    """Pass a tensor's bytes through a connection. Staying awake for the other rank makes two ranks 10% faster.
+
+    Raises ConnectionError if it has left, TimeoutError after `timeout` seconds.
+    """
     view, start_time = memoryview(tensor.numpy()).cast("B"), time.monotonic()
     while view:
         try:
             size = send_or_receive(view)
             if size == 0:
-                raise ConnectionError("a rank has closed its connection")
+                raise ConnectionError("another rank has left")
             view = view[size:]
         except BlockingIOError:
             waited = time.monotonic() - start_time
             if waited > timeout:
                 raise TimeoutError(f"timed out after {timeout} seconds of waiting for another rank") from None
-            time.sleep(0.001) if waited > 0.1 else os.sched_yield()  # a longer wait is for an evaluation
+            if waited < 0.1:
+                os.sched_yield()
+            else:
+                time.sleep(0.001)  # it does something else, such as an evaluation
 
 
-def tcp_all_reduce(tensor: Tensor, rank: int, peers: list[socket.socket], timeout: float) -> Tensor:
-    """Make each rank's tensor the sum of all. Rank 0 adds them up, for all the same bits."""
-    for peer in peers:
-        if rank == 0:
-            transfer(peer.recv_into, part := torch.empty_like(tensor), timeout)
+def tcp_all_reduce(tensor: Tensor, rank: int, connections: list[socket.socket], timeout: float) -> Tensor:
+    """Make each rank's tensor the sum of all, which rank 0 makes in their order: the same bits on all, in every run."""
+    if rank == 0:
+        part = torch.empty_like(tensor)
+        for connection in connections:
+            transfer(connection.recv_into, part, timeout)
             tensor += part
-        else:
-            transfer(peer.send, tensor, timeout)
-    for peer in peers:
-        transfer(peer.send if rank == 0 else peer.recv_into, tensor, timeout)
+        for connection in connections:
+            transfer(connection.send, tensor, timeout)
+    else:
+        transfer(connections[0].send, tensor, timeout)
+        transfer(connections[0].recv_into, tensor, timeout)
     return tensor
 
 
@@ -569,7 +583,7 @@ def update(
                 loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
                 flat.grad.zero_()
                 fabric.backward(loss)
-            if world_size > 1 and (args.compile or args.tcp_all_reduce):  # else DDP has averaged the gradients
+            if world_size > 1 and (gradient or args.tcp_all_reduce):  # else DDP has averaged the gradients
                 flat.grad = all_reduce(flat.grad).div_(world_size)
             grad_norm = fabric.clip_gradients(model, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
             metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
@@ -577,8 +591,9 @@ def update(
                 return torch.stack(metrics).mean(0)
             optimizer.step()
         if args.target_kl is not None:
-            approx_kl = all_reduce(torch.stack(metrics[start:])[:, 3].mean())  # of all ranks: none leaves it alone
-            if approx_kl / world_size > args.target_kl:
+            # the mean over all ranks, so that none leaves the loop alone
+            approx_kl = all_reduce(torch.stack(metrics[start:])[:, 3].mean()) / world_size
+            if approx_kl > args.target_kl:
                 break
     return torch.stack(metrics).mean(0)
 
@@ -774,9 +789,6 @@ def main(args: Args) -> None:
         _set_pg_timeout(timedelta(seconds=args.dist_timeout))
     device, state = fabric.device, fabric.broadcast(state)
     all_reduce = partial(fabric.all_reduce, reduce_op="sum")
-    if args.tcp_all_reduce and world_size > 1:
-        peers = connect(rank, world_size, fabric.broadcast)
-        all_reduce = partial(tcp_all_reduce, rank=rank, peers=peers, timeout=args.dist_timeout)
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     rollout_size = world_size * args.num_envs * args.num_steps
@@ -786,7 +798,10 @@ def main(args: Args) -> None:
     if args.per_rank_batch_size * world_size > rollout_size:
         raise SystemExit(f"error: --per-rank-batch-size {args.per_rank_batch_size} is more than a rank's rollout")
     if args.tcp_all_reduce and device.type != "cpu":
-        raise SystemExit("error: --tcp-all-reduce is for CPUs, whose gloo is slow; NCCL is not")
+        raise SystemExit("error: --tcp-all-reduce is for CPUs: leave it away on GPUs, where NCCL is fast")
+    if args.tcp_all_reduce and world_size > 1:
+        connections = connect_ranks(rank, world_size, args.dist_timeout, fabric.broadcast)
+        all_reduce = partial(tcp_all_reduce, rank=rank, connections=connections, timeout=args.dist_timeout)
     # counters of the run; rows are those of resets too, which global_step leaves out
     names = ("rows", "global_step", "best_return")
     rows, global_step, best_return = (state[name] for name in names) if state else (0, 0, -math.inf)
@@ -938,21 +953,30 @@ def main(args: Args) -> None:
         raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
+def report(error: str) -> None:
+    """Have the report that torchrun and `fabric run` end their output with end with this error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": message}, file)
+
+
 def run() -> None:
-    """`main` with the command line's flags; an error is the last line, also of a launcher's report."""
+    """`main` with the command line's flags; the error that ends it is the last line, also of a launcher's report."""
     try:
         main(tyro.cli(Args))
     except SystemExit as end:
-        if end.code == 2:  # tyro's, after its explanation
-            end.code = f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}"
-        if isinstance(end.code, str):
+        if end.code == 2:  # tyro's, which has explained it
+            print(error := f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}", file=sys.stderr)
+            report(error)
+        elif isinstance(end.code, str):
             end.code = " ".join(end.code.split())
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:
-                with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-                    json.dump({"message": end.code, "timestamp": int(time.time())}, file)
+            report(end.code)
         raise
-    except Exception:
-        time.sleep(1)  # a rank that has lost another is not the first to leave: the report ends with the first's error
+    except Exception as error:
+        if "RANK" in os.environ:
+            time.sleep(1)  # if another rank is lost, that one is to be the first that the launcher sees leave
+        report(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
         raise
 
 

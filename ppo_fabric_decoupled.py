@@ -27,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -788,7 +789,6 @@ def send_parameters(
 
     For a checkpoint the optimizer's state follows.
     """
-    group.barrier()
     group.broadcast(torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)]), args.num_players)
     if optimizer:
         state = optimizer.state_dict()
@@ -884,16 +884,14 @@ def play(
         # parameters: of the update on this rollout, or with overlap on the last one
         iteration, optimizer_states = turn - lag, [None]
         time_before = time.perf_counter()
-        parameter_group.barrier()
-        time_ready = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
         if checkpoint_due(args, iteration, last):
             parameter_group.broadcast_object_list(optimizer_states, first_trainer)
         stop_if_diverged(message[:-9], message[-9:-3], iteration)
         flat.copy_(message[:-9])
         end_time = time.perf_counter()
-        metrics["Time/player_wait"] = wait_seconds + time_ready - time_before
-        metrics["Time/communication"] = communication_seconds + end_time - time_ready
+        metrics["Time/player_wait"] = wait_seconds + end_time - time_before
+        metrics["Time/communication"] = communication_seconds
         if turn <= last:
             metrics["Time/step_per_second"] = count / (end_time - start_time)
             pending = [*pending[-1:], (int(count), metrics)]
@@ -1119,21 +1117,30 @@ def main(args: Args) -> None:
         raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
+def report(error: str) -> None:
+    """Have the report that torchrun and `fabric run` end their output with end with this error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": message}, file)
+
+
 def run() -> None:
-    """`main` with the command line's flags; an error is the last line, also of a launcher's report."""
+    """`main` with the command line's flags; the error that ends it is the last line, also of a launcher's report."""
     try:
         main(tyro.cli(Args))
     except SystemExit as end:
-        if end.code == 2:  # tyro's, after its explanation
-            end.code = f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}"
-        if isinstance(end.code, str):
+        if end.code == 2:  # tyro's, which has explained it
+            print(error := f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}", file=sys.stderr)
+            report(error)
+        elif isinstance(end.code, str):
             end.code = " ".join(end.code.split())
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:
-                with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-                    json.dump({"message": end.code, "timestamp": int(time.time())}, file)
+            report(end.code)
         raise
-    except Exception:
-        time.sleep(1)  # a rank that has lost another is not the first to leave: the report ends with the first's error
+    except Exception as error:
+        if "RANK" in os.environ:
+            time.sleep(1)  # if another rank is lost, that one is to be the first that the launcher sees leave
+        report(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
         raise
 
 

@@ -2,9 +2,10 @@
 
 FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as one vector, before the first and after
 each update), `batches` (what each update was given), `received` (with overlap, the same before `recenter`), `steps`
-(the optimiser's count of steps after the last), `state` (the agent's state_dict at the end), `cpus` (that the rank may
-use), `normalised` (by their size, the rows that the normalisers took in). On rank $BREAKS the third update raises an
-exception, on rank $DRIFTS it leaves other parameters.
+(the optimiser's count of steps after the last), `reduces` (the function that sums over the ranks), `state` (the agent's
+state_dict at the end), `cpus` (that the rank may use), `normalised` (by their size, the rows that the normalisers took
+in). On rank $BREAKS the third update raises an exception, on rank $DRIFTS it leaves other parameters and another state
+of the optimizer.
 """
 
 import importlib.util
@@ -40,7 +41,9 @@ def probe(module) -> dict:
         result = update(model, optimizer, batch, *rest)
         if len(notes["after"]) == 2 and os.environ.get("DRIFTS", "none") == os.environ.get("RANK"):
             next(model.parameters()).data += 1e-3
+            next(iter(optimizer.state.values()))["exp_avg"] += 1e-3
         notes["after"].append(vector(model))
+        notes["reduces"] = getattr(rest[3], "func", rest[3])
         notes["steps"] = int(next(iter(optimizer.state.values()))["step"])
         notes["model"] = model
         return result
@@ -70,6 +73,7 @@ if __name__ == "__main__":
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))
     notes.pop("model", None)
+    notes["reduces"] = getattr(notes.pop("reduces", None), "__name__", "")
     notes["cpus"] = sorted(os.sched_getaffinity(0))
     notes["state"] = notes.pop("agent").state_dict()
     torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))

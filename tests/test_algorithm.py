@@ -1,9 +1,10 @@
 """The shipped functions against references that share no code with them."""
 
 import re
-import time
+import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from threading import Event
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -489,23 +490,23 @@ def test_target_kl_is_of_all_ranks(module, others_kl, target_kl, epochs):
 
 
 def on_three_ranks(monkeypatch, task) -> list:
-    """What `task(rank, peers)` returns or raises on each of three ranks that are connected: threads of this process."""
+    """What `task(rank, connections)` returns or raises on each of three connected ranks: threads of this process."""
     port = Future()
 
     def run(rank: int):
         def broadcast(value: int) -> int:
             if rank == 0:
                 port.set_result(value)
-            return port.result()
+            return port.result(timeout=10)
 
-        peers = ppo.connect(rank, 3, broadcast)
+        connections = ppo.connect_ranks(rank, 3, 10, broadcast)
         try:
-            return task(rank, peers)
+            return task(rank, connections)
         except OSError as error:
             return error
         finally:
-            for peer in peers:
-                peer.close()
+            for connection in connections:
+                connection.close()
 
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with ThreadPoolExecutor(3) as ranks:
@@ -519,23 +520,47 @@ def test_sums_over_tcp_are_the_same_on_all_ranks(monkeypatch):
     tensors = [[torch.randn(shape, dtype=dtype) for shape, dtype in shapes] for _ in range(3)]
     expected = [x + y + z for x, y, z in zip(*tensors, strict=True)]
 
-    def task(rank, peers):
-        return [ppo.tcp_all_reduce(x.clone(), rank, peers, 60) for x in tensors[rank]]
+    def task(rank, connections):
+        return [ppo.tcp_all_reduce(x.clone(), rank, connections, 60) for x in tensors[rank]]
 
     for sums in on_three_ranks(monkeypatch, task):
         assert all(torch.equal(x, y) for x, y in zip(sums, expected, strict=True))
 
 
-def test_a_rank_that_leaves_or_hangs_is_an_error_for_the_others(monkeypatch):
-    def task(rank, peers, leaving=True):
-        if rank == 2:
-            return None if leaving else time.sleep(2)
-        return ppo.tcp_all_reduce(torch.zeros(5), rank, peers, 1)
+def test_a_rank_that_leaves_is_an_error_for_the_others(monkeypatch):
+    def task(rank, connections):
+        return ppo.tcp_all_reduce(torch.zeros(5), rank, connections, 60) if rank < 2 else None
 
-    left = on_three_ranks(monkeypatch, task)
-    assert left[2] is None and all(isinstance(error, ConnectionError) for error in left[:2])
-    hung = on_three_ranks(monkeypatch, partial(task, leaving=False))
-    assert isinstance(hung[0], TimeoutError) and isinstance(hung[1], TimeoutError | ConnectionError)
+    first, second, left = on_three_ranks(monkeypatch, task)
+    assert isinstance(first, ConnectionError) and isinstance(second, ConnectionError) and left is None
+
+
+def test_a_rank_that_hangs_is_an_error_for_the_others(monkeypatch):
+    over = Event()
+
+    def task(rank, connections):
+        if rank == 2:
+            return over.wait(60)
+        try:
+            return ppo.tcp_all_reduce(torch.zeros(5), rank, connections, 1)
+        finally:
+            if rank == 0:
+                over.set()
+
+    first, second, hung = on_three_ranks(monkeypatch, task)
+    assert isinstance(first, TimeoutError) and isinstance(second, TimeoutError | ConnectionError) and hung
+
+
+def test_a_stranger_is_no_rank():
+    strangers = []
+
+    def broadcast(port: int) -> int:
+        strangers.append(socket.create_connection(("localhost", port)))
+        strangers[-1].close()
+        return port
+
+    with pytest.raises(ConnectionError, match="somebody else"):
+        ppo.connect_ranks(0, 2, 10, broadcast)
 
 
 def test_evaluation_is_greedy_and_of_whole_episodes():

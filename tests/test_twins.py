@@ -1,11 +1,14 @@
 """What the shipped files repeat is the same, and the diff of the coupled ones stays a lesson."""
 
+import dataclasses
+import importlib
+import re
 import subprocess
 
 import pytest
 
 from launch import ROOT
-from twins import MAY_DIFFER, SOURCE, TWINS, definitions, diff_table, differences, fix, split_readme
+from twins import MAY_DIFFER, SOURCE, TWINS, definitions, differences, fix, flags_table, with_tables
 
 TEXT = (ROOT / SOURCE).read_text()
 
@@ -49,6 +52,11 @@ def test_the_diff_of_the_coupled_files_stays_short():
     assert len(hunks) <= 19 and 0 < len(changed) <= 100, (len(hunks), len(changed))
 
 
-def test_the_readme_shows_the_diff():
-    _, table, _ = split_readme((ROOT / "README.md").read_text())
-    assert table == diff_table(TEXT, (ROOT / "ppo_fabric.py").read_text())
+def test_the_readme_shows_the_diff_and_the_flags():
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_tables(readme)
+    assert "<pre>loss.backward()</pre></td><td><pre>fabric.backward(loss)</pre>" in readme
+    for name in (SOURCE, *TWINS):
+        fields = [field.name for field in dataclasses.fields(importlib.import_module(name.removesuffix(".py")).Args)]
+        table = flags_table({name: (ROOT / name).read_text()})
+        assert re.findall(r"^\| `--([\w-]+)", table, re.MULTILINE) == [field.replace("_", "-") for field in fields]

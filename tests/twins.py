@@ -1,7 +1,7 @@
 """Repeating yourself is the policy of the shipped files; this checks that what they repeat is the same.
 
     python tests/twins.py          # say what differs, exit 1 if anything does
-    python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write the README's table of the diff
+    python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write README's tables of diff and flags
 
 A definition is a top-level function, class or name, but for `Args` each of its members with its help string. One that
 two files share has to be byte-identical and in the same order, or be listed in MAY_DIFFER with the reason.
@@ -10,6 +10,7 @@ two files share has to be byte-identical and in the same order, or be listed in 
 import ast
 import difflib
 import html
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -43,7 +44,8 @@ HUNKS = (
     "waiting for rank 0",
     "leaving",
 )
-TABLE_START, TABLE_END = "<!-- diff table, written by tests/twins.py --fix -->\n", "<!-- end of the diff table -->"
+# what README's tables stand between
+TABLE = "<!-- {0}, written by tests/twins.py --fix -->\n{1}<!-- end of {0} -->"
 
 
 def definitions(source: str) -> dict[str, tuple[int, int]]:
@@ -101,11 +103,38 @@ def diff_table(source: str, twin: str) -> str:
     return "<table>\n" + "\n".join(rows) + "\n</table>\n"
 
 
-def split_readme(readme: str) -> tuple[str, str, str]:
-    """What stands before the table of the diff, the table, and what follows."""
-    before, rest = readme.split(TABLE_START)
-    table, after = rest.split(TABLE_END)
-    return before + TABLE_START, table, TABLE_END + after
+def flags_table(sources: dict[str, str]) -> str:
+    """All flags of the files, from the lines of `Args`: group, choices, default, help, and the files that have it."""
+    found = {}
+    for file, source in sources.items():
+        group = ""
+        for line in source.partition("class Args:\n")[2].partition("\n    def ")[0].splitlines():
+            if heading := re.fullmatch("    # (.*)", line):
+                group = heading[1]
+            elif field := re.fullmatch(r"    (\w+): (.+?) = (.*?)  # (.*)", line):
+                name, kind, default, text = field.groups()
+                choices = " {" + ",".join(re.findall(r'"(\w+)"', kind)) + "}" if "Literal" in kind else ""
+                default = {"False": "off", "True": "on", '""': ""}.get(default, default.strip('"'))
+                found.setdefault((group, f"--{name.replace('_', '-')}{choices}", default, text), []).append(file)
+    lines = ["| flag | default | |", "| --- | --- | --- |"]
+    for group in dict.fromkeys(group for group, *_ in found):
+        lines.append(f"| *{group}* | | |")
+        for (of, flag, default, text), files in found.items():
+            if of == group:
+                only = "" if len(files) == len(sources) else f" ({', '.join(f'`{file}`' for file in files)})"
+                lines.append(f"| `{flag}` | {f'`{default}`' if default else ''} | {text}{only} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(readme: str) -> str:
+    """The README with its tables as they should be."""
+    sources = {name: (ROOT / name).read_text() for name in (SOURCE, *TWINS)}
+    tables = {"diff": diff_table(sources[SOURCE], sources[TWINS[0]]), "flags": flags_table(sources)}
+    for title, table in tables.items():
+        start, end = TABLE.format(title, "\0").split("\0")
+        before, _, rest = readme.partition(start)
+        readme = before + start + table + end + rest.partition(end)[2]
+    return readme
 
 
 def main() -> None:
@@ -119,12 +148,11 @@ def main() -> None:
         wrong |= bool(found)
         print(f"{name}: {'differs from ' + SOURCE + ' in ' + ', '.join(found) if found else 'a twin'}")
     readme = ROOT / "README.md"
-    before, table, after = split_readme(readme.read_text())
-    expected = diff_table(source, (ROOT / TWINS[0]).read_text())
+    expected = with_tables(readme.read_text())
     if "--fix" in sys.argv:
-        readme.write_text(before + expected + after)
-    elif table != expected:
-        print("README.md: the table of the diff is out of date")
+        readme.write_text(expected)
+    elif readme.read_text() != expected:
+        print("README.md: the tables of the diff and the flags are out of date")
         wrong = True
     sys.exit(wrong)
 

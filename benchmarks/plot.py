@@ -1,0 +1,163 @@
+"""Draw the learning curves and write README's tables of results, all from the committed rows.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/plot.py
+
+benchmarks/results/learning/SUITE.png is drawn from SUITE.jsonl: the mean over the seeds and its 95% confidence interval
+(Student's t), over environment steps and over wall-clock time, and the tables between README's `<!-- results: ... -->`
+marks are written. `--check` writes nothing, and ends with status 1 where README is out of date.
+"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib import pyplot as plt
+from scipy.stats import t as student
+
+import throughput
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).parent.parent
+LEARNING = ROOT / "benchmarks" / "results" / "learning"
+README = ROOT / "README.md"
+# greedy mean returns of PPO in the benchmark table of Stable-Baselines3's RL Zoo
+RL_ZOO = {"CartPole-v1": 500, "Acrobot-v1": -73.5, "LunarLander-v3": 242, "Pendulum-v1": -172, "BipedalWalker-v3": 288}
+
+
+@dataclass
+class Args:
+    check: bool = False
+    """write nothing; exit status 1 if README is out of date"""
+
+
+def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
+    """The rows of a suite by environment and command without the seed; of each command those of the newest source."""
+    groups = defaultdict(list)
+    for line in (LEARNING / f"{suite}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        groups[row["env_id"], row["command"].rpartition(" --seed")[0]].append(row)
+    newest = {key: rows[-1]["source_sha256"] for key, rows in groups.items()}
+    return {key: [row for row in rows if row["source_sha256"] == newest[key]] for key, rows in groups.items()}
+
+
+def interval(values: list[float] | np.ndarray) -> np.ndarray:
+    """Half the width of the 95% confidence interval of the mean over the first axis, of two seeds or more."""
+    n = len(values)
+    return student.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / np.sqrt(n)
+
+
+def mean_curve(rows: list[dict], column: int, points: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What all runs of a command have reached: x, the mean return over the runs and half its confidence interval.
+
+    `column` of a curve's points is 0 for environment steps, 1 for seconds.
+    """
+    curves = [np.array(row["curve"], dtype=float)[:, [column, 2]] for row in rows]
+    x = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), points)
+    means = np.array([smooth(*curve.T, x) for curve in curves])
+    return x, means.mean(0), interval(means) if len(means) > 1 else np.zeros(points)
+
+
+def smooth(at: np.ndarray, returns: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """At each x the mean of the returns over the last twentieth of the axis."""
+    windows = [(at > end - x[-1] / 20) & (at <= end) for end in x]
+    return np.array(
+        [returns[w].mean() if w.any() else np.interp(end, at, returns) for end, w in zip(x, windows, strict=True)]
+    )
+
+
+def draw(suite: str) -> None:
+    """One row of axes for each environment: returns over steps, and over minutes."""
+    groups = runs(suite)
+    environments = list(dict.fromkeys(env_id for env_id, _ in groups))
+    figure, axes = plt.subplots(len(environments), 2, squeeze=False, layout="constrained",
+                                figsize=(9, 2.4 * len(environments)), sharey="row")  # fmt: skip
+    for pair, env_id in zip(axes, environments, strict=True):
+        for (of, command), rows in groups.items():
+            if of != env_id:
+                continue
+            for column, axis in enumerate(pair):
+                x, mean, half = mean_curve(rows, column)
+                x = x / 60 if column else x
+                axis.plot(x, mean, label=f"{label(command)}, {len(rows)} seeds")
+                axis.fill_between(x, mean - half, mean + half, alpha=0.2)
+        pair[0].set(title=env_id, ylabel="return", xlabel="environment steps")
+        pair[1].set(xlabel="minutes")
+        pair[0].legend(fontsize="small")
+    figure.savefig(LEARNING / f"{suite}.png", dpi=90)
+    plt.close(figure)
+
+
+def label(command: str) -> str:
+    """The file of a command, and which way it uses its processes."""
+    (file,) = re.findall(r"ppo_\w+\.py", command)
+    return " ".join([file, *re.findall(r"--(?:tcp-all-reduce|compile|overlap)", command)])
+
+
+def learning_table(suite: str) -> str:
+    """A Markdown table of the greedy returns at the end."""
+    groups = runs(suite)
+    zoo = any(env_id in RL_ZOO for env_id, _ in groups)
+    lines = [
+        f"| environment | file | steps | seeds | greedy return, mean over seeds | lowest, highest |"
+        f"{' RL Zoo |' if zoo else ''} minutes a run |",
+        "| --- " * (8 if zoo else 7) + "|",
+    ]
+    for (env_id, command), rows in groups.items():
+        returns = [row["greedy_return"] for row in rows]
+        half = f" ± {interval(returns):,.1f}" if len(returns) > 1 else ""
+        steps = max(row["curve"][-1][0] for row in rows)
+        cells = [env_id, f"`{label(command)}`", f"{steps:,}", str(len(rows)), f"{statistics.mean(returns):,.1f}{half}"]
+        cells += [f"{min(returns):,.1f}, {max(returns):,.1f}"]
+        cells += [f"{RL_ZOO.get(env_id, '')}"] if zoo else []
+        cells += [f"{statistics.median(row['seconds'] for row in rows) / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def scaling_table() -> str:
+    """The newest row of each combination of ranks, environments and width, with the fastest first."""
+    newest = {}
+    for line in (ROOT / "benchmarks" / "results" / "scaling.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        newest[row["ranks"], row["num_envs"], row["width"]] = row
+    lines = ["| ranks | environments per rank | width | steps/s, the fastest first |", "| --- | --- | --- | --- |"]
+    for (ranks, num_envs, width), row in sorted(newest.items()):
+        ordered = sorted(row["steps_per_second"].items(), key=lambda item: -item[1])
+        lines.append(f"| {ranks} | {num_envs} | {width} | {', '.join(f'{name} {x:,}' for name, x in ordered)} |")
+    return "\n".join(lines)
+
+
+def block(kind: str, name: str) -> str:
+    """The text of README's `<!-- results: KIND NAME -->`."""
+    if kind == "learning":
+        return learning_table(name)
+    if kind == "scaling":
+        return scaling_table()
+    rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[name]
+    return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
+
+
+def main(args: Args) -> None:
+    old = README.read_text()
+    new = re.sub(
+        r"(<!-- results: (\w+) (\S*) ?-->\n)(?:.*\n)*?(<!-- end of results -->)",
+        lambda match: f"{match[1]}{block(match[2], match[3])}\n{match[4]}",
+        old,
+    )
+    if args.check:
+        raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
+    README.write_text(new)
+    throughput.draw(throughput.RESULTS / "throughput.jsonl")
+    for path in sorted(LEARNING.glob("*.jsonl")):
+        draw(path.stem)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
