@@ -1,8 +1,8 @@
 """Do two sets of learning runs differ, and in which direction? For use before a change of algorithm lands.
 
-    git stash; python benchmarks/learning.py classic --seeds 5; mv benchmarks/results/learning/classic.jsonl old.jsonl
-    git stash pop; python benchmarks/learning.py classic --seeds 5
-    python benchmarks/compare.py old.jsonl benchmarks/results/learning/classic.jsonl
+    git stash; python benchmarks/learning.py change; mv benchmarks/results/learning/change.jsonl old.jsonl
+    git stash pop; python benchmarks/learning.py change
+    python benchmarks/compare.py old.jsonl benchmarks/results/learning/change.jsonl
 
 For each environment in both files Welch's test of two figures of each run: the final greedy return, and the mean return
 over the steps of the whole run, which says how fast it learned. Exit status 1 if any has p below `--level`.

@@ -1,12 +1,12 @@
 """Learning curves: sweep files, environments and seeds through the real launchers.
 
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
-    python benchmarks/learning.py mujoco --seeds 3 --workers 2
-    python benchmarks/learning.py pong --seeds 1
-    python benchmarks/learning.py classic --seeds 5
+    python benchmarks/learning.py classic
+    python benchmarks/learning.py classic --containing LunarLander --seeds 3
+    python benchmarks/learning.py mujoco --workers 2
 
 A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again unless the trainer's file or the
-command has changed since. At the end prints a Markdown table of the final greedy returns.
+command has changed since. At the end prints the final greedy returns; plot.py draws the curves and writes the tables.
 """
 
 import hashlib
@@ -50,40 +50,63 @@ PONG = (
     "--num-envs 8 --num-steps 128 --update-epochs 4 --per-rank-batch-size 128 --learning-rate 5e-4 --clip-coef 0.1 "
     "--ent-coef 0.01 --clip-rewards"
 )
-TWO_RANKS = "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py"
+TORCH = "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py"
+FABRIC = "fabric run --accelerator=cpu --strategy=ddp --devices=2 ppo_fabric.py"
+PLAYER_AND_TRAINER = "fabric run --accelerator=cpu --devices=2 ppo_fabric_decoupled.py"
 LUNARLANDER = (
-    f"{TWO_RANKS} --env-id LunarLander-v3 --total-timesteps 500000 --num-envs 8 --num-steps 256 --gamma 0.999 "
-    "--gae-lambda 0.98 --ent-coef 0.01 --normalize-rewards --eval-episodes 20"
+    "--env-id LunarLander-v3 --total-timesteps {} --num-envs {} --num-steps 256 --gamma 0.999 --gae-lambda 0.98 "
+    "--ent-coef 0.01 --normalize-rewards --eval-episodes 20"
 )
-# suite: name: the command, to which --seed is added
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 8 --ent-coef 0.01 --eval-episodes 100"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000 --num-steps 256 --gamma 0.9 --eval-episodes 100"
+BIPEDALWALKER = (
+    "--env-id BipedalWalker-v3 --total-timesteps 5000000 --num-envs 8 --num-steps 256 --learning-rate 3e-4 "
+    "--eval-episodes 20"
+)
+# suite: commands, to which --seed is added, and their numbers of seeds
 SUITES = {
     "classic": {
-        "CartPole-v1": TWO_RANKS,
-        "LunarLander-v3": LUNARLANDER,
+        TORCH: 10,
+        FABRIC: 10,
+        "fabric run --accelerator=cpu --devices=3 ppo_fabric_decoupled.py --num-envs 4": 10,
+        f"{TORCH} --tcp-all-reduce {ACROBOT}": 5,
+        f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
+        f"{FABRIC} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
+        f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(1_000_000, 16)}": 5,
+        f"{TORCH} --tcp-all-reduce {PENDULUM}": 5,
+        f"{TORCH} --tcp-all-reduce {BIPEDALWALKER}": 5,
     },
-    "fast": {
-        "CartPole-v1": f"{TWO_RANKS} --tcp-all-reduce --compile",
-        "LunarLander-v3": f"{LUNARLANDER} --tcp-all-reduce --compile",
+    # for a change of algorithm, see compare.py: before and after it
+    "change": {TORCH: 5, f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(500_000, 8)}": 5},
+    "compiled": {
+        f"{TORCH} --tcp-all-reduce --compile": 5,
+        f"{TORCH} --tcp-all-reduce --compile {LUNARLANDER.format(500_000, 8)}": 5,
     },
     "mujoco": {
-        "HalfCheetah-v5": MUJOCO.format("HalfCheetah-v5"),
-        "Hopper-v5": MUJOCO.format("Hopper-v5"),
-        "Walker2d-v5": WALKER2D,
-        "Ant-v5": ANT,
-        "Swimmer-v5": SWIMMER,
+        MUJOCO.format("HalfCheetah-v5"): 3,
+        MUJOCO.format("Hopper-v5"): 3,
+        WALKER2D: 3,
+        ANT: 3,
+        SWIMMER: 3,
     },
-    "pong": {"ALE/Pong-v5": PONG},
+    "pong": {PONG: 1},
 }
 
 
 @dataclass
 class Args:
-    suite: Annotated[Literal["classic", "fast", "mujoco", "pong"], tyro.conf.Positional]
+    suite: Annotated[Literal["classic", "change", "compiled", "mujoco", "pong"], tyro.conf.Positional]
     """what to run"""
-    seeds: int = 3
-    """seeds 1 to this"""
+    containing: str = ""
+    """only the commands with this in them, such as LunarLander"""
+    seeds: int = 0
+    """seeds 1 to this (0: as many as the suite has)"""
     workers: int = 1
     """runs at a time"""
+
+
+def env_id_of(command: str) -> str:
+    return command.partition("--env-id ")[2].partition(" ")[0] or "CartPole-v1"
 
 
 def source_hash(command: str) -> str:
@@ -92,7 +115,7 @@ def source_hash(command: str) -> str:
     return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
 
 
-def run(env_id: str, command: str, seed: int) -> dict:
+def run(command: str, seed: int) -> dict:
     """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
     launcher, *rest = f"{command} --seed {seed}".split()
     (file,) = [part for part in rest if part.endswith(".py")]
@@ -107,7 +130,7 @@ def run(env_id: str, command: str, seed: int) -> dict:
     first = speeds[0].wall_time
     curve = [(point.step, round(point.wall_time - first, 1), round(point.value, 2)) for point in points]
     return {
-        "env_id": env_id,
+        "env_id": env_id_of(command),
         "seed": seed,
         "command": f"{command} --seed {seed}",
         "greedy_return": round(evaluation, 2),
@@ -130,18 +153,17 @@ def main(args: Args) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = [row for row in rows if row["source_sha256"] == source_hash(row["command"])]
     done = {row["command"] for row in rows}
-    wanted = [(e, c, s) for s in range(1, args.seeds + 1) for e, c in SUITES[args.suite].items()]
-    todo = [(e, c, s) for e, c, s in wanted if f"{c} --seed {s}" not in done]
+    suite = {c: args.seeds or seeds for c, seeds in SUITES[args.suite].items() if args.containing in c}
+    todo = [(c, s) for c, seeds in suite.items() for s in range(1, seeds + 1) if f"{c} --seed {s}" not in done]
     with ThreadPoolExecutor(args.workers) as pool, path.open("a") as file:
         jobs = [pool.submit(run, *job) for job in todo]
         for job in tqdm(as_completed(jobs), total=len(jobs)):
             rows.append(job.result())
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-    print("| environment | greedy return, each seed | mean |\n| --- | --- | --- |")
-    for env_id, command in SUITES[args.suite].items():
-        returns = [row["greedy_return"] for row in rows if row["command"].startswith(command + " --seed")]
-        print(f"| {env_id} | {', '.join(f'{value:,.0f}' for value in returns)} | {statistics.mean(returns):,.0f} |")
+    for command in suite:
+        returns = [row["greedy_return"] for row in rows if row["command"].rpartition(" --seed")[0] == command]
+        print(f"{command}: {', '.join(f'{value:,.1f}' for value in returns)}; mean {statistics.mean(returns):,.1f}")
 
 
 if __name__ == "__main__":

@@ -316,13 +316,13 @@ def table(rows: list[dict]) -> str:
 
 
 def breakdown(rows: list[dict]) -> str:
-    """A Markdown table of an iteration's milliseconds; stepping is what the environments alone take for its rows."""
-    alone = next((row["median"] for row in rows if row["contender"] == ALONE), None)
+    """A Markdown table of an iteration's milliseconds in the last race, and those of stepping its rows alone there."""
     lines = ["| contender | stepping | acting, GAE | communication | update |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         times = row["milliseconds_in_last_race"]
         sizes = [re.search(rf"--{flag} (\d+)", row["command"]) for flag in ("num-envs", "num-steps")]
-        if times and all(sizes) and alone and "native" not in row["contender"]:  # which does not step as `alone` does
+        if times and all(sizes) and ALONE in row["times"] and "native" not in row["contender"]:  # it steps otherwise
+            alone = row["steps_per_second"][-1] / row["times"][ALONE][-1]
             stepping = 1e3 * int(sizes[0][1]) * int(sizes[1][1]) / alone
             rest = times["Time/rollout"] - stepping
             figures = stepping, rest, times["Time/communication"], times["Time/update"]

@@ -107,6 +107,16 @@ def test_sharing_ranks_equal_one_process_with_the_same_rows(tmp_path, switches):
         assert torch.equal(after, second["after"][iteration])
 
 
+def test_two_ranks_over_tcp_have_the_bits_of_ddp(tmp_path):
+    """Of two summands the sum is the same in any order, and half of it is exact."""
+    flags = [*SMALL, "--total-timesteps", 1024]
+    ddp, _ = run_probe(TORCH, tmp_path / "ddp", *flags, ranks=2)
+    tcp, _ = run_probe(TORCH, tmp_path / "tcp", *flags, *TCP, ranks=2)
+    assert (ddp["reduces"], tcp["reduces"]) == ("sum_over_ranks", "tcp_all_reduce")
+    for mine, yours in zip(ddp["after"], tcp["after"], strict=True):
+        assert torch.equal(mine, yours)
+
+
 @pytest.mark.parametrize("file", [TORCH, pytest.param(FABRIC, marks=SLOW)])
 def test_ranks_whose_parameters_differ_go_on_with_those_of_rank_0(tmp_path, file):
     """The third update of rank 1 ends elsewhere: rank 0 does not notice, the fourth starts from rank 0's."""
