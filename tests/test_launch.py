@@ -552,8 +552,8 @@ def cases(names: Iterable[str], *fast: str) -> list:
     return [name if name in fast else pytest.param(name, marks=SLOW) for name in names]
 
 
-def fails_with_one_line(command: list, folder: Path, said: str) -> None:
-    """An end soon, no process left, a status that is not 0, and one message, the last line, instead of a traceback.
+def fails(command: list, folder: Path, said: str) -> str:
+    """An end soon, no process left, a status that is not 0, and the cause in the last line of the output returned.
 
     Soon is 10 seconds more than starting up takes: the launcher, the imports, and the flags that are read.
     """
@@ -566,9 +566,15 @@ def fails_with_one_line(command: list, folder: Path, said: str) -> None:
         (file,) = [i for i, word in enumerate(command) if word in LAUNCHERS]
         assert Command([*command[: file + 1], "-h"], cwd=folder).finish()[0] == 0
         assert seconds <= time.monotonic() - start_time + 10, output
+    assert said in last_line(output), output
+    return output
+
+
+def fails_with_one_line(command: list, folder: Path, said: str) -> None:
+    """The same, and that line is the only message; no traceback."""
+    output = fails(command, folder, said)
     last = last_line(output)
-    lines = re.findall(r"error: .*", output)
-    assert said in last and all(last in line for line in lines), output  # all ranks that say it say the same
+    assert all(last in line for line in re.findall(r"error: .*", output)), output  # all ranks that say it say the same
     assert not re.search(r'ppo_\w+.py", line', output), output
 
 
