@@ -24,7 +24,7 @@ def test_there_are_five_changes():
 def test_a_change_of_the_torch_file_applies_and_runs(tmp_path, title, diff, command):
     source = (ROOT / "ppo_torch_ddp.py").read_text()
     (tmp_path / "ppo_torch_ddp.py").write_text(source)
-    subprocess.run(["patch", "--fuzz=0", "--no-backup-if-mismatch"], input=diff, text=True, cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", "-p0"], input=diff, text=True, cwd=tmp_path, check=True)
     assert (tmp_path / "ppo_torch_ddp.py").read_text() != source
     output = run([sys.executable, *command.split()[1:], *SHORT], cwd=tmp_path)
     assert "greedy return" in output
@@ -65,7 +65,7 @@ def test_the_recurrent_policy_remembers(tmp_path):
     flags = ["--env-id", "cue:Cue-v0", "--total-timesteps", "60000", "--eval-episodes", "100"]
     run([sys.executable, "ppo_torch_ddp.py", *flags], cwd=tmp_path, timeout=300, PYTHONPATH=str(tmp_path))
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] < 0.8
-    subprocess.run(["patch"], input=diff, text=True, cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", "-p0"], input=diff, text=True, cwd=tmp_path, check=True)
     folder = tmp_path / "recurrent"
     folder.mkdir()
     command = [sys.executable, *command.replace("ppo_", "../ppo_").split()[1:], *flags]
