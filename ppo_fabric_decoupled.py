@@ -1128,7 +1128,8 @@ def run() -> None:
         main(tyro.cli(Args))
     except SystemExit as end:
         if end.code == 2:  # tyro's, which has explained it
-            print(error := f"error: wrong flags, as explained above: {' '.join(sys.argv[1:])}", file=sys.stderr)
+            flags = " ".join(" ".join(sys.argv[1:]).split())
+            print(error := f"error: wrong flags, as explained above: {flags}", file=sys.stderr)
             report(error)
         elif isinstance(end.code, str):
             end.code = " ".join(end.code.split())

@@ -1,5 +1,6 @@
 """What the README tells people to do works."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,12 @@ CHANGES = re.findall(r"### (.*)\n(?:.*\n)*?```diff\n((?:.*\n)*?)```\n(?:.*\n)*?`
 SHORT = ["--total-timesteps", "4096", "--eval-episodes", "2"]
 
 
+def apply(diff, folder):
+    # inside a checkout, git would take the patch for one of the checkout's own files, and pass it over
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run(["git", "apply", "-p0"], input=diff, text=True, cwd=folder, env=env, check=True)
+
+
 def test_there_are_five_changes():
     assert len(CHANGES) == HACKS.count("```diff") == 5
 
@@ -24,7 +31,7 @@ def test_there_are_five_changes():
 def test_a_change_of_the_torch_file_applies_and_runs(tmp_path, title, diff, command):
     source = (ROOT / "ppo_torch_ddp.py").read_text()
     (tmp_path / "ppo_torch_ddp.py").write_text(source)
-    subprocess.run(["git", "apply", "-p0"], input=diff, text=True, cwd=tmp_path, check=True)
+    apply(diff, tmp_path)
     assert (tmp_path / "ppo_torch_ddp.py").read_text() != source
     output = run([sys.executable, *command.split()[1:], *SHORT], cwd=tmp_path)
     assert "greedy return" in output
@@ -65,7 +72,7 @@ def test_the_recurrent_policy_remembers(tmp_path):
     flags = ["--env-id", "cue:Cue-v0", "--total-timesteps", "60000", "--eval-episodes", "100"]
     run([sys.executable, "ppo_torch_ddp.py", *flags], cwd=tmp_path, timeout=300, PYTHONPATH=str(tmp_path))
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] < 0.8
-    subprocess.run(["git", "apply", "-p0"], input=diff, text=True, cwd=tmp_path, check=True)
+    apply(diff, tmp_path)
     folder = tmp_path / "recurrent"
     folder.mkdir()
     command = [sys.executable, *command.replace("ppo_", "../ppo_").split()[1:], *flags]
