@@ -66,7 +66,7 @@ class Command:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def finish(self, timeout: float = 60) -> tuple[int, str]:
+    def finish(self, timeout: float = 120) -> tuple[int, str]:
         """Exit status and output. Every process has to be gone when the command is; what is not is killed."""
         output = ""
         try:
@@ -90,7 +90,7 @@ def environment(pid: int) -> list[str]:
         return []
 
 
-def run(command: list, cwd: Path, timeout: float = 60, **env: str) -> str:
+def run(command: list, cwd: Path, timeout: float = 120, **env: str) -> str:
     """The output of a command that must succeed."""
     status, output = Command(command, cwd, **env).finish(timeout)
     assert status == 0, output

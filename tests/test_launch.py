@@ -631,7 +631,7 @@ def test_torchrun_is_not_for_the_fabric_file(tmp_path):
 def test_a_launcher_without_gpus_starts_nothing(tmp_path):
     """That error is the launcher's own: `fabric run` raises it before our first line."""
     command = [BIN / "fabric", "run", "--accelerator=gpu", "--devices=2", FABRIC]
-    status, output = Command(command, cwd=tmp_path).finish(timeout=20)
+    status, output = Command(command, cwd=tmp_path).finish()
     assert status != 0 and "MisconfigurationException" in output
 
 
@@ -659,6 +659,6 @@ def assert_shown_first(cause: str, output: str) -> None:
 def test_a_trainer_that_fails_ends_the_players(tmp_path, rank, switches):
     """The third update of one of two trainers raises an exception."""
     command = [*fabric_run(3), PROBE, DECOUPLED, tmp_path, "--eval-episodes", 0, *switches]
-    status, output = Command(command, cwd=tmp_path, BREAKS=str(rank)).finish(timeout=30)
+    status, output = Command(command, cwd=tmp_path, BREAKS=str(rank)).finish()
     assert status != 0
     assert_shown_first("the update broke", output)
