@@ -75,9 +75,10 @@ def assert_equal(a, b, path: str = "") -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
-STOPPED = [(TORCH, 1, 0, []), (DECOUPLED, 3, 2, ["--num-players", 2])]
+STOPPED = [(TORCH, 1, 0, [])]
 MORE = [(TORCH, 2, 1, ["--share-data"]), (TORCH, 2, 0, ["--optimizer", "rmsprop"]), (FABRIC, 2, 0, [])]
-STOPPED += [pytest.param(*case, marks=SLOW) for case in [*MORE, (DECOUPLED, 3, 0, [])]]
+MORE += [(DECOUPLED, 3, 0, []), (DECOUPLED, 3, 2, ["--num-players", 2])]
+STOPPED += [pytest.param(*case, marks=SLOW) for case in MORE]
 
 
 @pytest.mark.parametrize("file, ranks, stopped_rank, switches", STOPPED, **NAMES)
@@ -201,8 +202,9 @@ def assert_whole(folder: Path, rows: int, rollout: int) -> None:
         assert steps == sorted(set(steps)), tag
 
 
-KILLS = [(TORCH, 2, (1, 0.3), []), (DECOUPLED, 3, (0, 0.2), [])]
-MORE_KILLS = [(FABRIC, 2, (0, 0.1), []), (DECOUPLED, 4, (3, 0.2), ["--num-players", 2, "--overlap", "--eval-every", 7])]
+KILLS = [(TORCH, 2, (1, 0.3), [])]
+MORE_KILLS = [(FABRIC, 2, (0, 0.1), []), (DECOUPLED, 3, (0, 0.2), [])]
+MORE_KILLS += [(DECOUPLED, 4, (3, 0.2), ["--num-players", 2, "--overlap", "--eval-every", 7])]
 KILLS += [pytest.param(*case, marks=SLOW) for case in MORE_KILLS]
 
 
