@@ -26,10 +26,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from glob import escape, glob
 from importlib import import_module
@@ -572,12 +572,15 @@ def unpack(packed: Tensor, like: Tensors) -> Tensors:
 
 
 @torch.inference_mode()
-def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None) -> np.ndarray:
-    """Returns (eval_episodes,) of greedy episodes, each the first of an environment of its own; all must end."""
+def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None, signals: Sequence = ()) -> np.ndarray:
+    """Returns (eval_episodes,) of greedy episodes, each the first of an environment of its own.
+
+    All must end, or a signal arrive, after which they are worth nothing.
+    """
     args = replace(args, vec_env="sync") if args.vec_env == "async" else args
     envs, obs = make_envs(args, args.eval_episodes, seed, video_dir)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    while running.any():
+    while running.any() and not signals:
         obs = torch.as_tensor(obs).reshape(-1, *agent.obs_shape).to(next(agent.parameters()).device, agent.obs_dtype)
         actions = agent.act(agent.normalize(obs)).cpu()
         obs, rewards, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
@@ -647,9 +650,10 @@ def open_run(args: Args, logs: str, ranks: dict[str, int]) -> tuple[str, dict | 
     folder. `ranks` are the counts of those that step environments and of all.
     """
     name = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
-    run_dir, path = f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", args.resume
+    # to the microsecond: several runs may start at once
+    run_dir, path = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}", args.resume
     if path == "auto":
-        run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??"), default=run_dir)
+        run_dir = max(glob(f"{escape(name)}_????-??-??_??-??-??*"), default=run_dir)
         path = (list_checkpoints(run_dir) or [""])[-1]
     if not path:
         return run_dir, None
@@ -915,11 +919,12 @@ def play(
             checkpoints = []
             if args.eval_episodes and evaluation_due and (iteration < last or last == num_iterations):
                 video_dir = f"{run_dir}/videos/test-step-{global_step}" if args.capture_video else None
-                returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir)
-                metrics["Test/cumulative_reward"] = test_return = float(returns.mean())
-                progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
-                if args.eval_every and test_return > best_return:
-                    best_return, checkpoints = test_return, ["best"]
+                returns = evaluate(agent, args, args.seed + args.num_players * args.num_envs, video_dir, signals)
+                if not signals:
+                    metrics["Test/cumulative_reward"] = test_return = float(returns.mean())
+                    progress.write(f"step {global_step}: greedy return {test_return:.2f} +- {returns.std():.2f}")
+                    if args.eval_every and test_return > best_return:
+                        best_return, checkpoints = test_return, ["best"]
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
             writer.file_writer.add_summary(Summary(value=values), global_step)  # of one event: 3% faster
             if iteration == num_iterations:
@@ -1136,10 +1141,11 @@ def run() -> None:
             report(end.code)
         raise
     except Exception as error:
+        traceback.print_exc()
         if "RANK" in os.environ:
             time.sleep(1)  # if another rank is lost, that one is to be the first that the launcher sees leave
-        report(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
-        raise
+        report(line := f"error: {type(error).__name__}: {' '.join(str(error).split())}")
+        raise SystemExit(line) from None
 
 
 if __name__ == "__main__":

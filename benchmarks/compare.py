@@ -29,16 +29,19 @@ class Args:
 
 
 def figures(path: Path) -> dict[str, dict[str, list[float]]]:
-    """By environment and figure, its value in each run of the newest source in the file."""
+    """By environment and figure, its value in each run of the newest source in the file, of one command."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["source_sha256"] == rows[-1]["source_sha256"]]
     result = {}
-    for row in rows:
-        if row["source_sha256"] == rows[-1]["source_sha256"]:
+    for env_id in dict.fromkeys(row["env_id"] for row in rows):
+        runs = [row for row in rows if row["env_id"] == env_id]
+        if len({row["command"].rpartition(" --seed")[0] for row in runs}) > 1 or len(runs) < 2:
+            raise SystemExit(f"error: {path}: {env_id} needs two seeds or more of a single command")
+        result[env_id] = {"final greedy return": [row["greedy_return"] for row in runs], "mean return of training": []}
+        for row in runs:
             steps, _, returns = np.array(row["curve"]).T
             mean_return = np.trapezoid(returns, steps) / (steps[-1] - steps[0])
-            values = result.setdefault(row["env_id"], {"final greedy return": [], "mean return of training": []})
-            values["final greedy return"].append(row["greedy_return"])
-            values["mean return of training"].append(float(mean_return))
+            result[env_id]["mean return of training"].append(float(mean_return))
     return result
 
 

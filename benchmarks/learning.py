@@ -26,7 +26,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from throughput import BIN, ROOT, cpu_model
+from throughput import BIN, ROOT, cpu_model, free_port
 
 MUJOCO = (
     "python ppo_torch_ddp.py --env-id {} --total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 "
@@ -74,7 +74,7 @@ SUITES = {
         f"{FABRIC} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
         f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(1_000_000, 16)}": 5,
         f"{TORCH} --tcp-all-reduce {PENDULUM}": 5,
-        f"{TORCH} --tcp-all-reduce {BIPEDALWALKER}": 5,
+        f"{TORCH} --tcp-all-reduce --compile {BIPEDALWALKER}": 5,
     },
     # for a change of algorithm, see compare.py: before and after it
     "change": {TORCH: 5, f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(500_000, 8)}": 5},
@@ -117,12 +117,17 @@ def source_hash(command: str) -> str:
 
 def run(command: str, seed: int) -> dict:
     """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
-    launcher, *rest = f"{command} --seed {seed}".split()
+    # fabric's default port is the same for all
+    words = command.replace("fabric run", f"fabric run --main-port={free_port()}")
+    launcher, *rest = f"{words} --seed {seed}".split()
     (file,) = [part for part in rest if part.endswith(".py")]
     arguments = [str(ROOT / part) if part == file else part for part in rest]
     source, start_time = source_hash(command), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([str(BIN / launcher), *arguments], cwd=folder, check=True, capture_output=True)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        result = subprocess.run([str(BIN / launcher), *arguments], cwd=folder, **output)
+        if result.returncode:
+            raise SystemExit(f"{result.stdout}\nerror: {command} --seed {seed} failed")
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
         scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
         points, speeds = scalars("Rewards/rew_avg"), scalars("Time/step_per_second")
@@ -157,10 +162,13 @@ def main(args: Args) -> None:
     todo = [(c, s) for c, seeds in suite.items() for s in range(1, seeds + 1) if f"{c} --seed {s}" not in done]
     with ThreadPoolExecutor(args.workers) as pool, path.open("a") as file:
         jobs = [pool.submit(run, *job) for job in todo]
-        for job in tqdm(as_completed(jobs), total=len(jobs)):
-            rows.append(job.result())
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs)):
+                rows.append(job.result())
+                file.write(json.dumps(rows[-1]) + "\n")
+                file.flush()
+        finally:
+            pool.shutdown(cancel_futures=True)  # should a run have failed, or Ctrl-C ended it
     for command in suite:
         returns = [row["greedy_return"] for row in rows if row["command"].rpartition(" --seed")[0] == command]
         print(f"{command}: {', '.join(f'{value:,.1f}' for value in returns)}; mean {statistics.mean(returns):,.1f}")

@@ -21,6 +21,8 @@ import tyro
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
 
+import learning
+import scaling
 import throughput
 
 matplotlib.use("Agg")
@@ -38,13 +40,22 @@ class Args:
 
 
 def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
-    """The rows of a suite by environment and command without the seed; of each command those of the newest source."""
-    groups = defaultdict(list)
+    """The rows of a suite by environment and command without the seed.
+
+    Of each command those of the newest source that all its seeds were run with, or else of the newest.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
     for line in (LEARNING / f"{suite}.jsonl").read_text().splitlines():
         row = json.loads(line)
-        groups[row["env_id"], row["command"].rpartition(" --seed")[0]].append(row)
-    newest = {key: rows[-1]["source_sha256"] for key, rows in groups.items()}
-    return {key: [row for row in rows if row["source_sha256"] == newest[key]] for key, rows in groups.items()}
+        command = row["command"].rpartition(" --seed")[0]
+        if command in learning.SUITES[suite]:
+            groups[row["env_id"], command][row["source_sha256"]].append(row)
+    result = {}
+    for key, sources in groups.items():
+        newest_first = list(sources.values())[::-1]
+        whole = [rows for rows in newest_first if len(rows) >= learning.SUITES[suite][key[1]]]
+        result[key] = [*whole, *newest_first][0]
+    return result
 
 
 def interval(values: list[float] | np.ndarray) -> np.ndarray:
@@ -121,25 +132,13 @@ def learning_table(suite: str) -> str:
     return "\n".join(lines)
 
 
-def scaling_table() -> str:
-    """The newest row of each combination of ranks, environments and width, with the fastest first."""
-    newest = {}
-    for line in (ROOT / "benchmarks" / "results" / "scaling.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        newest[row["ranks"], row["num_envs"], row["width"]] = row
-    lines = ["| ranks | environments per rank | width | steps/s, the fastest first |", "| --- | --- | --- | --- |"]
-    for (ranks, num_envs, width), row in sorted(newest.items()):
-        ordered = sorted(row["steps_per_second"].items(), key=lambda item: -item[1])
-        lines.append(f"| {ranks} | {num_envs} | {width} | {', '.join(f'{name} {x:,}' for name, x in ordered)} |")
-    return "\n".join(lines)
-
-
 def block(kind: str, name: str) -> str:
     """The text of README's `<!-- results: KIND NAME -->`."""
     if kind == "learning":
         return learning_table(name)
     if kind == "scaling":
-        return scaling_table()
+        lines = (throughput.RESULTS / "scaling.jsonl").read_text().splitlines()
+        return scaling.table([json.loads(line) for line in lines])
     rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[name]
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 

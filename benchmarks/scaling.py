@@ -11,6 +11,7 @@ varies at a time, around 2 ranks, 4 environments and a width of 64. Rows go to b
 import hashlib
 import importlib.metadata
 import json
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -67,22 +68,34 @@ def main(args: Args) -> None:
     points += [(2, 4, width) for width in args.widths]
     versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")}
     hashes = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:16] for name in FILES}
-    rows = []
     for ranks, num_envs, width in dict.fromkeys(points):
         lines = commands(ranks, num_envs, width, args.iterations)
         races = [race(lines, 1.0)[0] for _ in range(args.repeats)]
-        medians = {name: round(statistics.median(speeds[name] for speeds in races)) for name in lines}
-        rows.append({"ranks": ranks, "num_envs": num_envs, "width": width, "steps_per_second": medians})
-        rows[-1] |= {"repeats": args.repeats, "iterations": args.iterations, "date": time.strftime("%Y-%m-%d")}
-        rows[-1] |= {"source_sha256": hashes, "versions": versions, "cpu": cpu_model()}
+        row = {"ranks": ranks, "num_envs": num_envs, "width": width}
+        row["steps_per_second"] = {name: [round(speeds[name], 1) for speeds in races] for name in lines}
+        row["commands"] = {
+            name: shlex.join(line).replace(f"{ROOT}/", "").replace(f"{BIN}/", "") for name, line in lines.items()
+        }
+        row |= {"date": time.strftime("%Y-%m-%d"), "source_sha256": hashes, "versions": versions, "cpu": cpu_model()}
         with (RESULTS / "scaling.jsonl").open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(ranks, num_envs, width, medians, flush=True)
-    print("\n| ranks | environments per rank | width | steps/s, the fastest first |\n| --- | --- | --- | --- |")
-    for row in rows:
-        ordered = sorted(row["steps_per_second"].items(), key=lambda item: -item[1])
-        text = ", ".join(f"{name} {speed:,}" for name, speed in ordered)
-        print(f"| {row['ranks']} | {row['num_envs']} | {row['width']} | {text} |")
+            file.write(json.dumps(row) + "\n")
+        print(table([row]), flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table of the newest row of each combination: steps per second, and times torch in the same race."""
+    newest = {(row["ranks"], row["num_envs"], row["width"]): row["steps_per_second"] for row in rows}
+    lines = ["| ranks | environments per rank | width | times torch, the fastest first |", "| --- | --- | --- | --- |"]
+    for (ranks, num_envs, width), speeds in sorted(newest.items()):
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(values, speeds["torch"], strict=True))
+            for name, values in speeds.items()
+        }
+        ordered = sorted(ratios.items(), key=lambda item: -item[1])
+        texts = [f"{name} {ratio:.2f}" for name, ratio in ordered]
+        base = f"torch: {statistics.median(speeds['torch']):,.0f} steps/s"
+        lines.append(f"| {ranks} | {num_envs} | {width} | {', '.join(texts)} ({base}) |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

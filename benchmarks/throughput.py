@@ -296,21 +296,22 @@ def main(args: Args) -> None:
 
 
 def latest(path: Path) -> dict[str, list[dict]]:
-    """The newest rows of each workload."""
+    """The newest row of each contender of each workload; those of a `--command` are for the one who raced it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {w: list({row["contender"]: row for row in rows if row["workload"] == w}.values()) for w in WORKLOADS}
+    newest = {(row["workload"], row["contender"]): row for row in rows}
+    return {w: [newest[w, c] for c in contenders if (w, c) in newest] for w, (_, contenders, _) in WORKLOADS.items()}
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: medians and ranges of steps per second and of the ratios within the races."""
-    bases = [base for base in (BASE, PEER, ALONE) if base in rows[0]["times"]]
+    bases = [base for base in (BASE, PEER, ALONE) if any(base in row["times"] for row in rows)]
     lines = [
         f"| contender | steps/s | {' | '.join(f'times {base}' for base in bases)} |",
         "| --- " * (2 + len(bases)) + "|",
     ]
     for row in rows:
-        ratios = [row["times"][base] for base in bases]
-        texts = [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios]
+        ratios = [row["times"].get(base) for base in bases]  # none of those that were not in its race
+        texts = [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" if r else "" for r in ratios]
         lines.append(f"| {row['contender']} | {row['median']:,.0f} | {' | '.join(texts)} |")
     return "\n".join(lines)
 

@@ -138,6 +138,21 @@ def test_a_signal_stops_within_an_iteration_and_a_second_one_at_once(tmp_path, v
     assert len(checkpoints(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("file, ranks", [(TORCH, 1), pytest.param(DECOUPLED, 2, marks=SLOW)], **NAMES)
+def test_a_signal_ends_an_evaluation(tmp_path, file, ranks):
+    """That of an agent whose episodes never end, before the last checkpoint."""
+    flags = ["--env-id", "toy_envs:Evaluated-v0", "--env-kwargs", '{"raises":false}', "--total-timesteps", 512]
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("events.*")))
+    time.sleep(5)
+    assert command.process.poll() is None and not checkpoints(tmp_path)
+    command.process.send_signal(signal.SIGTERM)
+    command.finish(timeout=20)
+    assert len(checkpoints(tmp_path)) == 1
+    logs = curves(tmp_path)
+    assert len(logs["Loss/value_loss"]) == 1 and "Test/cumulative_reward" not in logs
+
+
 ALL = [pytest.param(TORCH, 2, marks=SLOW), pytest.param(FABRIC, 2, marks=SLOW), (DECOUPLED, 3)]  # one for the three
 
 
@@ -425,12 +440,18 @@ FAULTS = {
     "a package that is not there": (TORCH, 1, "--env-id no_such_package:Env-v0", "no_such_package"),
     "a lost environment process": (TORCH, 1, "--env-id toy_envs:Dies-v0 --vec-env async", "toy_envs:Dies-v0: "),
     "one of two ranks' lost": (DECOUPLED, 2, "--env-id toy_envs:Dies-v0 --vec-env async", "toy_envs:Dies-v0: "),
+    "an evaluation that raises": (
+        TORCH,
+        1,
+        '--env-id toy_envs:Evaluated-v0 --env-kwargs {"raises":true} --total-timesteps 512',
+        "RuntimeError: the simulator broke",
+    ),
     "a wrong shape": (TORCH, 1, "--env-id toy_envs:WrongShape-v0", "toy_envs:WrongShape-v0: ValueError"),
     "a wrong shape, async": (TORCH, 1, "--env-id toy_envs:WrongShape-v0 --vec-env async", "toy_envs:WrongShape-v0: "),
 }
 
 
-FAST = ("an unknown flag", "a lost environment process", "one of two ranks' lost", "a wrong shape")
+FAST = ("an unknown flag", "a lost environment process", "one of two ranks' lost", "an evaluation that raises")
 
 
 @pytest.mark.parametrize("case", cases(FAULTS, *FAST))

@@ -1,20 +1,93 @@
 """What the README tells people to do works."""
 
+import importlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import ROOT, run
+from launch import BIN, ROOT, Command, free_port, run
 from test_launch import scalars
 
 README = (ROOT / "README.md").read_text()
 HACKS = README.partition("## How to hack it\n")[2].partition("\n## ")[0]
 CHANGES = re.findall(r"### (.*)\n(?:.*\n)*?```diff\n((?:.*\n)*?)```\n(?:.*\n)*?```bash\n(.*)\n```\n", HACKS)
+COMMANDS = [
+    line.rpartition("&& ")[2]
+    for block in re.findall(r"```bash\n((?:.*\n)*?)```", README.replace(HACKS, ""))
+    for line in block.splitlines()
+    if re.search(r"(python|torchrun|fabric run) .*\w+\.py", line)
+]
 # for a run of seconds in place of a minute
 SHORT = ["--total-timesteps", "4096", "--eval-episodes", "2"]
+
+
+def test_a_trained_agent_in_two_minutes(tmp_path):
+    """The first commands, as they are written."""
+    shutil.copy(ROOT / "ppo_torch_ddp.py", tmp_path)
+    train, evaluate = COMMANDS[:2]
+    path = f"{BIN}:{os.environ['PATH']}"
+    output = run(["bash", "-c", train], cwd=tmp_path, timeout=240, PATH=path)
+    assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= 475, output
+    lines = re.findall(r"^step \d+ of 99328: return [\d.]+, \d+ steps/s$", output, re.MULTILINE)
+    assert len(lines) == 97 // (97 // 20)  # of 97 iterations, where the output is no terminal
+    (events,) = {path.parent for path in tmp_path.rglob("events.*")}
+    log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    assert log.Scalars("hp_metric")[-1].value >= 475 and "hyperparameters/text_summary" in log.Tags()["tensors"]
+    names = ("Time/rollout", "Time/communication", "Time/update")
+    for *parts, speed in zip(*map(log.Scalars, (*names, "Time/step_per_second")), strict=True):
+        assert 0.8 * 1024 < sum(part.value for part in parts) * speed.value <= 1024.5  # less its reset rows
+    (trained,) = re.findall("greedy return .*", output)
+    output = run(["bash", "-c", evaluate], cwd=tmp_path, PATH=path)
+    assert trained in output and list(tmp_path.rglob("step-*-videos/*.mp4"))
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_the_flags_of_a_command_are_known(command):
+    (file,) = [part for part in shlex.split(command) if part.endswith(".py")]
+    if file.startswith("benchmarks"):
+        assert (ROOT / file).exists()
+        return
+    flags = shlex.split(command.partition(f"{file}")[2])
+    tyro.cli(importlib.import_module(file.removesuffix(".py")).Args, args=flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search("HOST|--cuda|--evaluate", c)])
+def test_a_command_runs(tmp_path, command):
+    for file in ROOT.glob("ppo_*.py"):
+        shutil.copy(file, tmp_path)
+    command = command.replace("fabric run ", f"fabric run --main-port={free_port()} ")
+    output = run(["bash", "-c", f"{command} {' '.join(SHORT)}"], cwd=tmp_path, PATH=f"{BIN}:{os.environ['PATH']}")
+    assert "greedy return" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "HOST" in command])
+def test_two_machines(tmp_path, command):
+    """The commands of both, on this one."""
+    port, machines = free_port(), []
+    for rank in "01":
+        folder = tmp_path / rank
+        folder.mkdir()
+        for file in ROOT.glob("ppo_*.py"):
+            shutil.copy(file, folder)
+        line = command.replace("HOST:29500", f"localhost:{port}").replace("--node-rank=0", f"--node-rank={rank}")
+        line = line.replace("--main-address=HOST", f"--main-address=localhost --main-port={port}")
+        command_line = ["bash", "-c", f"{line} {' '.join(SHORT)}"]
+        machines.append(Command(command_line, cwd=folder, PATH=f"{BIN}:{os.environ['PATH']}"))
+    results = [machine.finish() for machine in machines]
+    assert [status for status, _ in results] == [0, 0] and "greedy return" in results[0][1] + results[1][1], results
+
+
+def test_the_tables_are_those_of_the_rows(tmp_path):
+    run([sys.executable, ROOT / "benchmarks" / "plot.py", "--check"], cwd=tmp_path)
 
 
 def apply(diff, folder):

@@ -59,6 +59,23 @@ class Broken(OneAStep):
         return obs, reward, terminated, truncated, info
 
 
+class Evaluated(OneAStep):
+    """Sound, but those that an evaluation makes after a process's first four raise an exception, or never end."""
+
+    made = 0
+
+    def __init__(self, raises: bool):
+        super().__init__()
+        Evaluated.made += 1
+        self.raises, self.is_sound = raises, Evaluated.made <= 4
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if not self.is_sound and self.raises:
+            raise RuntimeError("the simulator broke")
+        return obs, reward, terminated and self.is_sound, truncated and self.is_sound, info
+
+
 class Lives(OneAStep):
     """A game of three lives, four steps each, that pays 5 a step; a lost life ends an episode, as in Atari training."""
 
@@ -168,6 +185,7 @@ gym.register("NanObs-v0", Broken, kwargs={"how": "obs"})
 gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.spaces.Box(-2, 2, (2,))})
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
+gym.register("Evaluated-v0", Evaluated)
 gym.register("Clock-v0", Clock, kwargs={"length": 15, "terminates": False})
 gym.register("WrongShape-v0", WrongShape)
 gym.register("Dies-v0", Dies)
