@@ -48,13 +48,13 @@ def test_a_trained_agent_in_two_minutes(tmp_path):
     assert trained in output and list(tmp_path.rglob("step-*-videos/*.mp4"))
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+INLINE = re.findall(r"`((?:python|torchrun|fabric run) [^`\n]*ppo_\w+\.py[^`\n]*)`", README)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *INLINE]))
 def test_the_flags_of_a_command_are_known(command):
     (file,) = [part for part in shlex.split(command) if part.endswith(".py")]
-    if file.startswith("benchmarks"):
-        assert (ROOT / file).exists()
-        return
-    flags = shlex.split(command.partition(f"{file}")[2])
+    flags = shlex.split(command.partition(file)[2])
     tyro.cli(importlib.import_module(file.removesuffix(".py")).Args, args=flags)
 
 
