@@ -576,7 +576,7 @@ def test_bad_input_to_the_torch_file(tmp_path, case):
     fails_with_one_line([*torchrun(2), TORCH, *flags.split()], tmp_path, said)
 
 
-@pytest.mark.parametrize("case", cases(BAD_FOR_FABRIC, "strategy"))
+@pytest.mark.parametrize("case", cases(BAD_FOR_FABRIC))
 def test_bad_input_to_the_fabric_file(tmp_path, case):
     options, flags, said = BAD_FOR_FABRIC[case]
     fails_with_one_line([*fabric_run(2, *options), FABRIC, *flags.split()], tmp_path, said)
