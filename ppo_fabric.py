@@ -595,19 +595,17 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]], signals: list) -> Tensor:
-    """What the ranks add up before an update, (11,) float64.
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
+    """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards. Last
-    the count of signals to stop.
+    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
     bad_counts = [(~rollout[name].isfinite()).sum() for name in ("raw_obs", "raw_rewards")]
-    stop = advantages.new_tensor(len(signals))
-    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts, stop])
+    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
 def pack(batch: Tensors) -> Tensor:
@@ -861,10 +859,10 @@ def main(args: Args) -> None:
         batch["returns"] = batch["advantages"] + batch["values"]
         rollout_time = time.perf_counter()
         # communication: statistics over all ranks, and with share_data the rows themselves
-        sums = [batch_sums(batch, rollout, episodes, signals)]
+        sums = [batch_sums(batch, rollout, episodes)]
         sums += [x.sums(rollout[name][: args.num_steps][rollout["valid"]]) for name, x in agent.normalizers.items()]
         sums = [all_reduce(tensor) for tensor in sums]
-        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad, stop = sums[0].tolist()
+        count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad = sums[0].tolist()
         if any(bad):
             raise SystemExit(f"error: iteration {iteration}: not finite: {bad[0]:g} observations, {bad[1]:g} rewards")
         for normalizer, tensor in zip(agent.normalizers.values(), sums[1:], strict=True):
@@ -882,8 +880,9 @@ def main(args: Args) -> None:
         # all ranks' parameters are the same if the square of a checksum's mean is the mean of its squares, which stay
         # exact below this prime
         checksum = (flat.detach().view(torch.int32).sum() % 1048573).double()
-        means = all_reduce(torch.cat([means.double(), torch.stack([checksum, checksum**2])]))
-        *means, checksum, square = (means / world_size).tolist()
+        stop = checksum.new_tensor(len(signals))  # now, so that one that came during the update counts
+        means = all_reduce(torch.cat([means.double(), torch.stack([checksum, checksum**2, stop])]))
+        *means, checksum, square, stop = (means / world_size).tolist()
         losses = dict(zip(names, means, strict=True))
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad or not flat.isfinite().all():

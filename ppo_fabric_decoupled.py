@@ -544,19 +544,17 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]], signals: list) -> Tensor:
-    """What the ranks add up before an update, (11,) float64.
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
+    """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
-    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards. Last
-    the count of signals to stop.
+    that ended: count, sums of returns and lengths. Of the rollout: counts of non-finite observations and rewards.
     """
     advantages, returns = (batch[name][batch["valid"]].double() for name in ("advantages", "returns"))
     row_sums = [x.sum() for x in (batch["valid"], advantages, advantages.square(), returns, returns.square())]
     episode_sums = torch.tensor([(1.0, *e) for e in episodes], dtype=torch.float64).view(-1, 3).sum(0)
     bad_counts = [(~rollout[name].isfinite()).sum() for name in ("raw_obs", "raw_rewards")]
-    stop = advantages.new_tensor(len(signals))
-    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts, stop])
+    return torch.stack([*row_sums, *episode_sums.to(advantages.device), *bad_counts])
 
 
 def pack(batch: Tensors) -> Tensor:
@@ -719,13 +717,12 @@ def catch_signals() -> list[tuple[int, float]]:
     return received
 
 
-def meet(group: TorchCollective, bad_and_stop: list[float]) -> list[float]:
+def meet(group: TorchCollective, bad: list[float]) -> list[float]:
     """Wait until a player and all trainers are there, which tells waiting from talking; add up what they bring.
 
-    The player brings its counts of non-finite observations and rewards and of signals to stop, the trainers two zeros
-    and their counts of signals.
+    The player brings its counts of non-finite observations and rewards, the trainers two zeros.
     """
-    return group.all_reduce(torch.tensor(bad_and_stop, dtype=torch.float64)).tolist()
+    return group.all_reduce(torch.tensor(bad, dtype=torch.float64)).tolist()
 
 
 def stop_if_bad(bad: list[float], iteration: int) -> None:
@@ -778,33 +775,37 @@ def recenter(agent: Agent, batch: Tensors) -> None:
     batch["log_probs"] = log_probs
 
 
+def last_iteration(iteration: int, first: int, num_iterations: int, signals: list, world: TorchCollective) -> int:
+    """The iteration that the run ends with: this one, whose update is done, if any rank has had a signal.
+
+    Asked after the parameters were sent: while a player waits for them, Python does not look at signals.
+    """
+    stop = world.all_reduce(torch.tensor(float(len(signals)))).item()
+    return iteration if stop and iteration >= first else num_iterations
+
+
 def checkpoint_due(args: Args, iteration: int, last: int) -> bool:
     """Whether a checkpoint may be written after an iteration, for which player 0 needs the optimizer's state."""
     return iteration == last or any(n and iteration % n == 0 for n in (args.checkpoint_every, args.eval_every))
 
 
-def send_parameters(
-    flat: Tensor, means: Tensor, seconds: list[float], optimizer: Optimizer | None, args: Args, group: TorchCollective
-) -> None:
-    """Send all players one message: the parameters, the means of the update, and the seconds that the trainer took.
-
-    For a checkpoint the optimizer's state follows.
-    """
-    group.broadcast(torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)]), args.num_players)
-    if optimizer:
-        state = optimizer.state_dict()
-        state["state"] = {i: {k: v.cpu() for k, v in tensors.items()} for i, tensors in state["state"].items()}
-        group.broadcast_object_list([state], args.num_players)
+def send_optimizer(optimizer: Optimizer, first_trainer: int, group: TorchCollective) -> None:
+    """Send the players the optimizer's state, for a checkpoint."""
+    state = optimizer.state_dict()
+    state["state"] = {i: {k: v.cpu() for k, v in tensors.items()} for i, tensors in state["state"].items()}
+    group.broadcast_object_list([state], first_trainer)
 
 
 def play(
     args: Args, agent: Agent, envs: VectorEnv, first_obs: np.ndarray, signals: list, state: dict | None, run_dir: str,
-    num_iterations: int, players: TorchCollective, rollout_group: TorchCollective, parameter_group: TorchCollective,
+    num_iterations: int, world: TorchCollective, players: TorchCollective, rollout_group: TorchCollective,
+    parameter_group: TorchCollective,
 ) -> bool:  # fmt: skip
     """A player's run: collect a rollout, send it to the trainers, receive parameters; player 0 logs and evaluates.
 
     What the trainers have to say of an iteration comes with the parameters that it ended with, which is one iteration
-    later with `overlap`. So there is one more turn then, without a rollout. Returns whether a signal ended the run.
+    later with `overlap`. So there is one more turn then, without a rollout; and a signal ends the run without an update
+    on the rollout that has just been sent. Returns whether one did.
     """
     rank, lag, first_trainer = players.rank, int(args.overlap), args.num_players
     num_trainers = rollout_group.world_size - 1
@@ -832,7 +833,7 @@ def play(
     for turn in range(first, num_iterations + lag + 1 if first <= num_iterations else first):
         start_time = time.perf_counter()
         metrics, wait_seconds, communication_seconds = {}, 0.0, 0.0
-        if turn <= last:
+        if turn <= num_iterations:
             # rollout, with a stream of random numbers of its own
             generator.manual_seed(
                 int(np.random.SeedSequence((args.seed, played_rows)).generate_state(2 * rank + 1)[-1])
@@ -846,7 +847,7 @@ def play(
             played_rows += rollout_size
 
             # statistics over all players
-            sums = [batch_sums(batch, rollout, episodes, signals).cpu()]
+            sums = [batch_sums(batch, rollout, episodes).cpu()]
             valid_rows = {name: rollout[name][: args.num_steps][rollout["valid"]] for name in agent.normalizers}
             sums += [normalizer.sums(valid_rows[name]).cpu() for name, normalizer in agent.normalizers.items()]
             if args.num_players > 1:
@@ -856,7 +857,7 @@ def play(
                 for tensor in sums:
                     players.all_reduce(tensor)
                 wait_seconds, communication_seconds = time_ready - time_before, time.perf_counter() - time_ready
-            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad, stop = sums[0].tolist()
+            count, adv_sum, adv_sq, ret_sum, ret_sq, num_episodes, sum_return, sum_length, *bad = sums[0].tolist()
             if not any(bad):
                 for normalizer, tensor in zip(agent.normalizers.values(), sums[1:], strict=True):
                     normalizer.merge(tensor)
@@ -874,9 +875,7 @@ def play(
 
             # the trainers get the rollout
             time_before = time.perf_counter()
-            *bad, stop = meet(rollout_group, [*bad, stop])
-            stop_if_bad(bad, turn)
-            last = turn if stop else last
+            stop_if_bad(meet(rollout_group, bad), turn)
             time_ready = time.perf_counter()
             send_rollout(batch, args, rank, num_trainers, rollout_group)
             wait_seconds += time_ready - time_before
@@ -886,6 +885,7 @@ def play(
         iteration, optimizer_states = turn - lag, [None]
         time_before = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
+        last = last_iteration(iteration, first, num_iterations, signals, world)
         if checkpoint_due(args, iteration, last):
             parameter_group.broadcast_object_list(optimizer_states, first_trainer)
         stop_if_diverged(message[:-9], message[-9:-3], iteration)
@@ -893,7 +893,7 @@ def play(
         end_time = time.perf_counter()
         metrics["Time/player_wait"] = wait_seconds + end_time - time_before
         metrics["Time/communication"] = communication_seconds
-        if turn <= last:
+        if turn <= num_iterations:
             metrics["Time/step_per_second"] = count / (end_time - start_time)
             pending = [*pending[-1:], (int(count), metrics)]
         if iteration < first:
@@ -956,8 +956,8 @@ def play(
 
 
 def train(
-    args: Args, agent: Agent, signals: list, state: dict | None, num_iterations: int, trainers: TorchCollective,
-    rollout_groups: list[TorchCollective], parameter_group: TorchCollective,
+    args: Args, agent: Agent, signals: list, state: dict | None, num_iterations: int, world: TorchCollective,
+    trainers: TorchCollective, rollout_groups: list[TorchCollective], parameter_group: TorchCollective,
 ) -> bool:  # fmt: skip
     """A trainer's run: receive a rollout of each player and update; the first trainer sends the parameters back.
 
@@ -986,26 +986,29 @@ def train(
             print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     means, seconds, start_time = torch.zeros(6), [0.0, 0.0, 0.0], time.perf_counter()
 
-    def send(iteration: int) -> None:
+    def send(iteration: int) -> int:  # in one message: parameters, means of the update, seconds that the trainer took
         if rank == 0:
-            saved = optimizer if checkpoint_due(args, iteration, last) else None
-            send_parameters(flat, means, seconds, saved, args, parameter_group)
+            message = torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)])
+            parameter_group.broadcast(message, args.num_players)
+        last = last_iteration(iteration, first, num_iterations, signals, world)
+        if rank == 0 and checkpoint_due(args, iteration, last):
+            send_optimizer(optimizer, args.num_players, parameter_group)
         stop_if_diverged(flat, means, iteration)
+        return last
 
     for iteration in range(first, num_iterations + 1):
         # rollouts
-        parts, wait_seconds, stop = [], 0.0, len(signals)  # told all players alike
+        parts, wait_seconds = [], 0.0
         for player, group in enumerate(rollout_groups):
             time_before = time.perf_counter()
-            *bad, stops = meet(group, [0.0, 0.0, stop])
+            bad = meet(group, [0.0, 0.0])
             wait_seconds += time.perf_counter() - time_before
             if not any(bad):
                 parts.append(receive_rollout(like, args, player, num_trainers, group))
         stop_if_bad(bad, iteration)
-        last = iteration if stops else last
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
-        if args.overlap:
-            send(iteration - 1)
+        if args.overlap and (last := send(iteration - 1)) < iteration:
+            break
         received_time = time.perf_counter()
         if args.overlap:
             recenter(agent, batch)
@@ -1021,8 +1024,8 @@ def train(
         end_time = time.perf_counter()
         seconds = [wait_seconds, received_time - start_time - wait_seconds, end_time - received_time]
         start_time = end_time  # so that sending parameters counts with the next iteration's communication
-        if not args.overlap or iteration == last:
-            send(iteration)
+        if not args.overlap or iteration == num_iterations:
+            last = send(iteration)
         if iteration == last:
             break
     return last < num_iterations
@@ -1107,11 +1110,11 @@ def main(args: Args) -> None:
     if is_player:
         if state:
             restore(state, agent)
-        groups = (players, rollout_groups[rank], parameter_group)
+        groups = (world, players, rollout_groups[rank], parameter_group)
         stopping = play(args, agent, envs, first_obs, signals, state, run_dir, num_iterations, *groups)
     else:
         envs.close()
-        groups = (trainers, rollout_groups, parameter_group)
+        groups = (world, trainers, rollout_groups, parameter_group)
         stopping = train(args, agent, signals, state, num_iterations, *groups)
     world.barrier()  # launchers end the others if one leaves, and player 0 has been writing
     time.sleep(0.1)  # gloo's threads need the interpreter to let go of the last tensor (PyTorch issue 190489)

@@ -331,9 +331,9 @@ def test_batch_sums_leave_out_reset_rows():
     batch = {name: torch.from_numpy(rng.normal(size=30)) for name in ("advantages", "returns", "obs")}
     batch["valid"] = torch.from_numpy(rng.random(30) < 0.6)
     rollout = {"raw_obs": torch.tensor([np.inf, np.nan, 0.0]), "raw_rewards": torch.tensor([1.0, np.nan])}
-    sums = ppo.batch_sums(batch, rollout, [(3.0, 5), (4.0, 7)], ["a signal"]).tolist()
+    sums = ppo.batch_sums(batch, rollout, [(3.0, 5), (4.0, 7)]).tolist()
     adv, ret = (batch[name].numpy()[batch["valid"].numpy()] for name in ("advantages", "returns"))
-    expected = [len(adv), adv.sum(), (adv**2).sum(), ret.sum(), (ret**2).sum(), 2, 7, 12, 2, 1, 1]
+    expected = [len(adv), adv.sum(), (adv**2).sum(), ret.sum(), (ret**2).sum(), 2, 7, 12, 2, 1]
     np.testing.assert_allclose(sums, expected)
 
 

@@ -138,6 +138,32 @@ def test_a_signal_stops_within_an_iteration_and_a_second_one_at_once(tmp_path, v
     assert len(checkpoints(tmp_path)) == 1
 
 
+SIGNALLED = [(TORCH, 1, 0, [])]
+MORE = [(TORCH, 2, 1, TCP), (FABRIC, 2, 0, []), (DECOUPLED, 2, 0, []), (DECOUPLED, 2, 1, ["--overlap"])]
+MORE += [(DECOUPLED, 4, 3, ["--num-players", 2]), (DECOUPLED, 4, 0, ["--num-players", 2, "--overlap"])]
+SIGNALLED += [pytest.param(*case, marks=SLOW) for case in MORE]
+
+
+@pytest.mark.parametrize("file, ranks, signalled_rank, switches", SIGNALLED, **NAMES)
+def test_a_signal_during_an_update_ends_the_run_with_it(tmp_path, file, ranks, signalled_rank, switches):
+    """One that takes seconds; with `overlap` the rollout that was under way goes no further."""
+    flags = ["--env-id", "toy_envs:Noted-v0", "--env-kwargs", '{"num_steps":16}', "--num-steps", 16, *switches]
+    flags += ["--per-rank-batch-size", 16, "--update-epochs", 2000, "--total-timesteps", 10**6]
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
+    wait_for((tmp_path / "rollout-1").exists)
+    time.sleep(0.5)
+    os.kill(command.rank_pid(signalled_rank) if ranks > 1 else command.process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert not checkpoints(tmp_path)  # the update is still under way
+    _, output = command.finish()
+    assert "stopped by a signal" in output, output
+    (path,) = checkpoints(tmp_path)
+    actors = 2 if "--num-players" in switches else 1 if file == DECOUPLED else ranks
+    assert load(path)["rows"] == 16 * 4 * actors, output
+    assert (tmp_path / "rollout-2").exists() == ("--overlap" in switches)
+    assert not (tmp_path / "rollout-3").exists()
+
+
 @pytest.mark.parametrize("file, ranks", [(TORCH, 1), pytest.param(DECOUPLED, 2, marks=SLOW)], **NAMES)
 def test_a_signal_ends_an_evaluation(tmp_path, file, ranks):
     """That of an agent whose episodes never end, before the last checkpoint."""

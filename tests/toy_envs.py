@@ -93,6 +93,20 @@ class Lives(OneAStep):
         return obs, 5.0, lost, False, {"lives": self.lives}
 
 
+class Noted(OneAStep):
+    """Makes a file `rollout-N` in the working directory when it has taken so many steps, N times; never ends."""
+
+    def __init__(self, num_steps: int):
+        super().__init__(length=10**9)
+        self.num_steps = num_steps
+
+    def step(self, action):
+        result = super().step(action)
+        if self.steps % self.num_steps == 0:
+            Path(f"rollout-{self.steps // self.num_steps}").touch()
+        return result
+
+
 class Clock(OneAStep):
     """Its state is the count of steps, which it shows and asks for; truncated episodes."""
 
@@ -186,6 +200,7 @@ gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.s
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
 gym.register("Evaluated-v0", Evaluated)
+gym.register("Noted-v0", Noted)
 gym.register("Clock-v0", Clock, kwargs={"length": 15, "terminates": False})
 gym.register("WrongShape-v0", WrongShape)
 gym.register("Dies-v0", Dies)
