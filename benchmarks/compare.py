@@ -1,15 +1,17 @@
 """Do two sets of learning runs differ, and in which direction? For use before a change of algorithm lands.
 
-    git stash; python benchmarks/learning.py change; mv benchmarks/results/learning/change.jsonl old.jsonl
-    git stash pop; python benchmarks/learning.py change
+    git show HEAD:benchmarks/results/learning/change.jsonl > old.jsonl
+    python benchmarks/learning.py change
     python benchmarks/compare.py old.jsonl benchmarks/results/learning/change.jsonl
 
 For each environment in both files Welch's test of two figures of each run: the final greedy return, and the mean return
-over the steps of the whole run, which says how fast it learned. Exit status 1 if any has p below `--level`.
+over the steps of the whole run, which says how fast it learned. Being of several tests, p is adjusted (Holm 1979). Exit
+status 1 if any is below `--level`.
 """
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -25,16 +27,15 @@ class Args:
     new: Annotated[Path, tyro.conf.Positional]
     """and after it"""
     level: float = 0.05
-    """the probability, without any difference, below which a figure counts as different"""
+    """the probability of a false alarm, in all figures together"""
 
 
 def figures(path: Path) -> dict[str, dict[str, list[float]]]:
-    """By environment and figure, its value in each run of the newest source in the file, of one command."""
+    """By environment and figure, its value in each run of the newest source that it has in the file, of one command."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["source_sha256"] == rows[-1]["source_sha256"]]
-    result = {}
-    for env_id in dict.fromkeys(row["env_id"] for row in rows):
-        runs = [row for row in rows if row["env_id"] == env_id]
+    newest, result = {row["env_id"]: row["source_sha256"] for row in rows}, {}
+    for env_id, source in newest.items():
+        runs = [row for row in rows if (row["env_id"], row["source_sha256"]) == (env_id, source)]
         if len({row["command"].rpartition(" --seed")[0] for row in runs}) > 1 or len(runs) < 2:
             raise SystemExit(f"error: {path}: {env_id} needs two seeds or more of a single command")
         result[env_id] = {"final greedy return": [row["greedy_return"] for row in runs], "mean return of training": []}
@@ -47,22 +48,32 @@ def figures(path: Path) -> dict[str, dict[str, list[float]]]:
 
 def main(args: Args) -> None:
     old, new = figures(args.old), figures(args.new)
-    shared, different = [env_id for env_id in old if env_id in new], False
+    shared = [env_id for env_id in old if env_id in new]
     if not shared:
         raise SystemExit(f"error: {args.old} and {args.new} have no environment in common")
-    print("| environment | figure | old, mean of seeds | new | p | |\n| --- | --- | --- | --- | --- | --- |")
-    for env_id in shared:
-        for name in old[env_id]:
-            before, after = old[env_id][name], new[env_id][name]
-            same = len({*before, *after}) == 1  # all 500, where the test is not defined
-            p = 1.0 if same else ttest_ind(before, after, equal_var=False).pvalue
-            verdict = (
-                "no difference shown" if p >= args.level else "better" if np.mean(after) > np.mean(before) else "worse"
-            )
-            different |= p < args.level
-            means = [f"{np.mean(values):.1f} ({len(values)})" for values in (before, after)]
-            print(f"| {env_id} | {name} | {' | '.join(means)} | {p:.2f} | {verdict} |")
-    raise SystemExit(int(different))
+    tests = {}
+    for env_id, name in product(shared, ("final greedy return", "mean return of training")):
+        before, after = old[env_id][name], new[env_id][name]
+        same = len({*before, *after}) == 1  # all 500, where the test is not defined
+        tests[env_id, name] = 1.0 if same else float(ttest_ind(before, after, equal_var=False).pvalue)
+    print("| environment | figure | old, mean of seeds | new | p | p, adjusted | |\n" + "| --- " * 7 + "|")
+    adjusted = holm(tests)
+    for (env_id, name), p in tests.items():
+        before, after = old[env_id][name], new[env_id][name]
+        better = "better" if np.mean(after) > np.mean(before) else "worse"
+        verdict = better if adjusted[env_id, name] < args.level else "no difference shown"
+        means = [f"{np.mean(values):.1f} ({len(values)})" for values in (before, after)]
+        print(f"| {env_id} | {name} | {' | '.join(means)} | {p:.2f} | {adjusted[env_id, name]:.2f} | {verdict} |")
+    raise SystemExit(int(min(adjusted.values()) < args.level))
+
+
+def holm(tests: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """p adjusted so that all tests together give a false alarm as seldom as one (Holm 1979)."""
+    adjusted, highest = {}, 0.0
+    for i, (key, p) in enumerate(sorted(tests.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(tests) - i) * p))
+        adjusted[key] = highest
+    return adjusted
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run aga
 command has changed since. At the end prints the final greedy returns; plot.py draws the curves and writes the tables.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -115,14 +117,20 @@ def source_hash(command: str) -> str:
     return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
 
 
+def version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra one
+        return importlib.metadata.version(package)
+
+
 def run(command: str, seed: int) -> dict:
     """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
+    versions = {name: version(name) for name in ("torch", "lightning", "gymnasium", "numpy", "mujoco", "ale-py")}
     # fabric's default port is the same for all
     words = command.replace("fabric run", f"fabric run --main-port={free_port()}")
     launcher, *rest = f"{words} --seed {seed}".split()
     (file,) = [part for part in rest if part.endswith(".py")]
     arguments = [str(ROOT / part) if part == file else part for part in rest]
-    source, start_time = source_hash(command), time.perf_counter()
+    source, start_time = source_hash(command), time.time()
     with tempfile.TemporaryDirectory() as folder:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         result = subprocess.run([str(BIN / launcher), *arguments], cwd=folder, **output)
@@ -131,21 +139,21 @@ def run(command: str, seed: int) -> dict:
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
         scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
         points, speeds = scalars("Rewards/rew_avg"), scalars("Time/step_per_second")
+        steps = speeds[-1].step
         evaluation = scalars("Test/cumulative_reward")[-1].value
-    first = speeds[0].wall_time
-    curve = [(point.step, round(point.wall_time - first, 1), round(point.value, 2)) for point in points]
+    # seconds from the launch on: starting up and compiling are in them
+    curve = [(point.step, round(point.wall_time - start_time, 1), round(point.value, 2)) for point in points]
     return {
         "env_id": env_id_of(command),
         "seed": seed,
         "command": f"{command} --seed {seed}",
         "greedy_return": round(evaluation, 2),
-        "seconds": round(time.perf_counter() - start_time, 1),
+        "steps": steps,
+        "seconds": round(time.time() - start_time, 1),
         "steps_per_second": round(statistics.median(point.value for point in speeds)),
         "date": time.strftime("%Y-%m-%d"),
         "source_sha256": source,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
-        },
+        "versions": versions,
         "python": sys.version.split()[0],
         "cpu": cpu_model(),
         "curve": curve[:: max(1, len(curve) // 200)],
@@ -159,18 +167,27 @@ def main(args: Args) -> None:
     rows = [row for row in rows if row["source_sha256"] == source_hash(row["command"])]
     done = {row["command"] for row in rows}
     suite = {c: args.seeds or seeds for c, seeds in SUITES[args.suite].items() if args.containing in c}
+    if not suite:
+        raise SystemExit(f"error: no command of {args.suite} contains {args.containing}")
     todo = [(c, s) for c, seeds in suite.items() for s in range(1, seeds + 1) if f"{c} --seed {s}" not in done]
-    with ThreadPoolExecutor(args.workers) as pool, path.open("a") as file:
-        jobs = [pool.submit(run, *job) for job in todo]
+    lock = threading.Lock()
+
+    def run_and_write(command: str, seed: int) -> None:
+        row = run(command, seed)
+        with lock, path.open("a") as file:
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        jobs = [pool.submit(run_and_write, *job) for job in todo]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs)):
-                rows.append(job.result())
-                file.write(json.dumps(rows[-1]) + "\n")
-                file.flush()
+                job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # should a run have failed, or Ctrl-C ended it
-    for command in suite:
-        returns = [row["greedy_return"] for row in rows if row["command"].rpartition(" --seed")[0] == command]
+    for command, seeds in suite.items():
+        by_seed = {row["seed"]: row["greedy_return"] for row in rows if row["command"].startswith(f"{command} --seed ")}
+        returns = [by_seed[seed] for seed in range(1, seeds + 1)]
         print(f"{command}: {', '.join(f'{value:,.1f}' for value in returns)}; mean {statistics.mean(returns):,.1f}")
 
 

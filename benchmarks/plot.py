@@ -29,8 +29,14 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
 LEARNING = ROOT / "benchmarks" / "results" / "learning"
 README = ROOT / "README.md"
-# greedy mean returns of PPO in the benchmark table of Stable-Baselines3's RL Zoo
-RL_ZOO = {"CartPole-v1": 500, "Acrobot-v1": -73.5, "LunarLander-v3": 242, "Pendulum-v1": -172, "BipedalWalker-v3": 288}
+# PPO in Stable-Baselines3's RL Zoo, one run each: greedy mean returns of its benchmark table, steps of its ppo.yml
+RL_ZOO = {
+    "CartPole-v1": "500 (100,000 steps)",
+    "Acrobot-v1": "-73.5 (1,000,000)",
+    "LunarLander-v3": "242 (1,000,000; v2)",
+    "Pendulum-v1": "-172 (100,000)",
+    "BipedalWalker-v3": "288 (5,000,000)",
+}
 
 
 @dataclass
@@ -45,7 +51,8 @@ def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
     Of each command those of the newest source that all its seeds were run with, or else of the newest.
     """
     groups = defaultdict(lambda: defaultdict(list))
-    for line in (LEARNING / f"{suite}.jsonl").read_text().splitlines():
+    path = LEARNING / f"{suite}.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
         command = row["command"].rpartition(" --seed")[0]
         if command in learning.SUITES[suite]:
@@ -86,6 +93,8 @@ def smooth(at: np.ndarray, returns: np.ndarray, x: np.ndarray) -> np.ndarray:
 def draw(suite: str) -> None:
     """One row of axes for each environment: returns over steps, and over minutes."""
     groups = runs(suite)
+    if not groups:
+        return
     environments = list(dict.fromkeys(env_id for env_id, _ in groups))
     figure, axes = plt.subplots(len(environments), 2, squeeze=False, layout="constrained",
                                 figsize=(9, 2.4 * len(environments)), sharey="row")  # fmt: skip
@@ -123,7 +132,7 @@ def learning_table(suite: str) -> str:
     for (env_id, command), rows in groups.items():
         returns = [row["greedy_return"] for row in rows]
         half = f" ± {interval(returns):,.1f}" if len(returns) > 1 else ""
-        steps = max(row["curve"][-1][0] for row in rows)
+        steps = max(row["steps"] for row in rows)
         cells = [env_id, f"`{label(command)}`", f"{steps:,}", str(len(rows)), f"{statistics.mean(returns):,.1f}{half}"]
         cells += [f"{min(returns):,.1f}, {max(returns):,.1f}"]
         cells += [f"{RL_ZOO.get(env_id, '')}"] if zoo else []
@@ -154,8 +163,8 @@ def main(args: Args) -> None:
         raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
     README.write_text(new)
     throughput.draw(throughput.RESULTS / "throughput.jsonl")
-    for path in sorted(LEARNING.glob("*.jsonl")):
-        draw(path.stem)
+    for suite in learning.SUITES:
+        draw(suite)
 
 
 if __name__ == "__main__":

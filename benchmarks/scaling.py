@@ -12,7 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 import shlex
+import signal
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -64,6 +66,7 @@ def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str
 
 
 def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
     points = [(ranks, 4, 64) for ranks in args.ranks] + [(2, num_envs, 64) for num_envs in args.num_envs]
     points += [(2, 4, width) for width in args.widths]
     versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")}

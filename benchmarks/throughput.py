@@ -74,31 +74,35 @@ COMMON = (
     "--num-threads 1"
 )
 CARTPOLE = f"--env-id CartPole-v1 --clip-vloss --ent-coef 0.01 {COMMON} --total-timesteps 51200"
-# name: flags, contenders, and flags that override these for Stable-Baselines3
+# name: flags, contenders, flags that override these for Stable-Baselines3, seconds of a turn: those of some iterations
 WORKLOADS = {
     # CleanRL's setting
     "cartpole": (
         f"{CARTPOLE} --num-envs 4 --num-steps 128 --update-epochs 4 --per-rank-batch-size 128",
         CONTENDERS,
         "",
+        0.5,
     ),
     # that of Lightning's reinforcement-learning example, against SB3 with the one above
     "cartpole-example-sizes": (
         f"{CARTPOLE} --num-envs 2 --num-steps 128 --update-epochs 10 --per-rank-batch-size 64",
         [name for name in CONTENDERS if "2 ranks" in name or name in (BASE, PEER)],
         "--num-envs 4 --update-epochs 4 --per-rank-batch-size 128",
+        0.5,
     ),
     "halfcheetah": (
         f"--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --per-rank-batch-size 64 {COMMON} "
-        "--normalize-obs --normalize-rewards --total-timesteps 24576",
+        "--normalize-obs --normalize-rewards --total-timesteps 49152",
         [BASE, "torch, 1 process, compiled", PEER, ALONE],
         "",
+        3.0,
     ),
     "lunarlander": (
         f"--env-id LunarLander-v3 --num-envs 4 --num-steps 1024 --update-epochs 4 --per-rank-batch-size 64 {COMMON} "
-        "--ent-coef 0.01 --total-timesteps 81920",
+        "--ent-coef 0.01 --total-timesteps 163840",
         [name for name in CONTENDERS if "Fabric" not in name and "native" not in name and name != PEER],
         "",
+        3.0,
     ),
 }
 
@@ -113,8 +117,8 @@ class Args:
     """the contenders to compare (default: all of the workload)"""
     command: str = ""
     """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
-    turn: float = 0.5
-    """seconds that a contender runs before the next one does"""
+    turn: float = 0.0
+    """seconds that a contender runs before the next one does (0: what suits the workload)"""
     results: Path = RESULTS / "throughput.jsonl"
     """file that the rows are appended to"""
 
@@ -144,8 +148,8 @@ class Run:
     def read(self) -> None:
         for line in self.process.stdout:
             self.lines.append(line)
-            if match := re.search(r"step\D*(\d+)", line):
-                self.marks_printed.append((time.time(), int(match[1])))
+            if match := re.search(r"step\D*([\d,]+)", line, re.IGNORECASE):
+                self.marks_printed.append((time.time(), int(match[1].replace(",", ""))))
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -185,6 +189,8 @@ class Run:
     def speed(self, start: float, end: float) -> float:
         """Steps per second of its turns between two wall-clock times."""
         marks = [mark for mark in self.marks() if start <= mark[0] <= end]
+        if len(marks) < 2:
+            raise SystemExit(f"error: too short a race: less than an iteration of {shlex.join(self.process.args)}")
         (first, first_step), (last, last_step) = marks[0], marks[-1]
         seconds = sum(max(0.0, min(stop, last) - max(begin, first)) for begin, stop in self.turns)
         return (last_step - first_step) / seconds
@@ -212,7 +218,11 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
                 port = [f"--main-port={free_port()}"]  # fabric's default is the same for all
                 command = [*command[:2], *port, *command[2:]] if command[1:2] == ["run"] else command
                 runs[name] = Run(command, Path(folder) / str(len(runs)))
+            deadline = time.time() + 600
             while sum(run.stop_at_progress() for run in runs.values()) < len(runs):
+                if time.time() > deadline:
+                    silent = [name for name, run in runs.items() if not run.marks_printed]
+                    raise SystemExit(f"error: no line with a count of steps within ten minutes: {', '.join(silent)}")
                 time.sleep(0.02)
             start = time.time()
             while all(run.is_running() for run in runs.values()):
@@ -240,11 +250,14 @@ def main(args: Args) -> None:
     if unknown := set(args.contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
     if args.repeats == 0:
-        rows = latest(args.results)[args.workload]
+        rows = latest(args.results)[args.workload] if args.results.exists() else []
+        if not rows:
+            raise SystemExit(f"error: {args.results} has no rows of {args.workload}")
         print(table(rows), breakdown(rows), sep="\n\n")
         return draw(args.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
-    flags, contenders, peer_flags = WORKLOADS[args.workload]
+    flags, contenders, peer_flags, turn = WORKLOADS[args.workload]
+    turn = args.turn or turn
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
     if args.command:  # it runs in a folder of its own
         parts = [str(Path(part).resolve()) if Path(part).is_file() else part for part in shlex.split(args.command)]
@@ -261,7 +274,7 @@ def main(args: Args) -> None:
     }
     figures = {name: [] for name in commands}
     for repeat in range(args.repeats):
-        speeds, times = race(commands, args.turn)
+        speeds, times = race(commands, turn)
         for name, speed in speeds.items():
             figures[name].append(speed)
         print(f"{repeat + 1}/{args.repeats}: " + ", ".join(f"{n} {x:.0f}" for n, x in speeds.items()), flush=True)
@@ -270,6 +283,7 @@ def main(args: Args) -> None:
     for name, values in figures.items():
         rows.append({
             "workload": args.workload,
+            "turn": turn,
             "contender": name,
             "command": shlex.join(commands[name]).replace(f"{ROOT}/", "").replace(f"{BIN}/", ""),
             "steps_per_second": [round(value, 1) for value in values],
@@ -299,7 +313,7 @@ def latest(path: Path) -> dict[str, list[dict]]:
     """The newest row of each contender of each workload; those of a `--command` are for the one who raced it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     newest = {(row["workload"], row["contender"]): row for row in rows}
-    return {w: [newest[w, c] for c in contenders if (w, c) in newest] for w, (_, contenders, _) in WORKLOADS.items()}
+    return {w: [newest[w, c] for c in contenders if (w, c) in newest] for w, (_, contenders, *_) in WORKLOADS.items()}
 
 
 def table(rows: list[dict]) -> str:
