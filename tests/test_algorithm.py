@@ -218,8 +218,10 @@ def test_bounded_actions_are_rescaled_and_infinite_ones_are_not():
 def test_minibatches_are_a_partition_and_their_weights_make_the_whole_average(num_parts):
     rows = 103
     batch = {"x": torch.randn(rows, dtype=torch.float64), "row": torch.arange(rows), "valid": torch.rand(rows) < 0.7}
+    generators = [torch.Generator().manual_seed(3) for _ in range(num_parts)]
     parts = [
-        list(ppo.shuffle(batch, 5, torch.Generator().manual_seed(3), part, num_parts)) for part in range(num_parts)
+        [ppo.take(batch, *rows) for rows in ppo.shuffle(batch, 5, generator, part, num_parts)]
+        for part, generator in enumerate(generators)
     ]
     seen = []
     for minibatches in zip(*parts, strict=True):  # one minibatch, all parts of it
@@ -446,12 +448,13 @@ def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent
     for name in batch.keys() - {"actions", "valid"}:
         batch[name].normal_()
     batch["valid"][::2] = True
-    gradient = ppo.compile_gradient(agent, flat, ppo.shuffle(batch, **cut), args)
-    for minibatch in ppo.shuffle(batch, **cut):  # of 21 and of 22 rows
+    gradient = ppo.compile_gradient(agent, flat, batch, partial(ppo.shuffle, **cut), args)
+    for rows, weight in ppo.shuffle(batch, **cut):  # of 21 and of 22 rows
+        minibatch = ppo.take(batch, rows, weight)
         loss, means = ppo.ppo_loss(*agent(minibatch["obs"], minibatch["actions"]), minibatch, args)
         flat.grad.zero_()
         loss.backward()
-        compiled, (compiled_loss, compiled_means) = gradient(flat.detach(), minibatch)
+        compiled, (compiled_loss, compiled_means) = gradient(flat.detach(), batch, rows, weight)
         torch.testing.assert_close(compiled, flat.grad, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(compiled_loss, loss.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(compiled_means, means, atol=1e-5, rtol=1e-4)
