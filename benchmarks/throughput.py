@@ -346,25 +346,21 @@ def breakdown(rows: list[dict]) -> str:
 
 
 def draw(path: Path) -> None:
-    """Bars of the steps per second of each workload's newest rows, with their ranges, beside the results."""
+    """Bars of the speeds of each workload's newest rows in units of BASE's in the same race: medians and ranges."""
     workloads = {name: rows for name, rows in latest(path).items() if rows}
     figure, axes = plt.subplots(len(workloads), 1, squeeze=False, layout="constrained",
                                 figsize=(8, sum(0.7 + 0.26 * len(rows) for rows in workloads.values())),
                                 height_ratios=[0.7 + 0.26 * len(rows) for rows in workloads.values()])  # fmt: skip
     for axis, (name, rows) in zip(axes[:, 0], workloads.items(), strict=True):
-        rows = [row for row in rows if row["contender"] != ALONE][::-1]
-        medians = [row["median"] for row in rows]
-        spreads = [
-            [m - min(r["steps_per_second"]), max(r["steps_per_second"]) - m] for m, r in zip(medians, rows, strict=True)
-        ]
-        axis.barh(
-            [row["contender"] for row in rows],
-            medians,
-            xerr=list(zip(*spreads, strict=True)),
-            color="tab:blue",
-            ecolor="0.4",
-        )
-        axis.set(title=name, xlabel="environment steps per second")
+        ratios = {
+            row["contender"]: row["times"][BASE]
+            for row in rows[::-1]
+            if row["contender"] != ALONE and BASE in row["times"]
+        }
+        medians = [statistics.median(values) for values in ratios.values()]
+        spreads = [(m - min(values), max(values) - m) for m, values in zip(medians, ratios.values(), strict=True)]
+        axis.barh(list(ratios), medians, xerr=list(zip(*spreads, strict=True)), color="tab:blue", ecolor="0.4")
+        axis.set(title=name, xlabel=f"times {BASE}")
     figure.savefig(path.with_suffix(".png"), dpi=100)
 
 
