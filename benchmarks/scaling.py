@@ -97,7 +97,7 @@ def table(rows: list[dict]) -> str:
         ordered = sorted(ratios.items(), key=lambda item: -item[1])
         texts = [f"{name} {ratio:.2f}" for name, ratio in ordered]
         base = f"torch: {statistics.median(speeds['torch']):,.0f} steps/s"
-        lines.append(f"| {ranks} | {num_envs} | {width} | {', '.join(texts)} ({base}) |")
+        lines.append(f"| {ranks} | {num_envs} | {width} | {'; '.join(texts)} ({base}) |")
     return "\n".join(lines)
 
 
