@@ -442,6 +442,7 @@ def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
 def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent_coef):
     args = ppo.Args(clip_vloss=clip_vloss, ent_coef=ent_coef)
     agent = ppo.Agent(VECTOR, action_space, args)
+    agent.unpicklable = lambda obs: obs  # someone's own agent may have such
     flat = ppo.flatten_parameters(agent)
     cut = {"num_minibatches": 3, "generator": torch.Generator(), "part": 0, "num_parts": 1}
     batch = ppo.batch_like(agent, 64)
