@@ -4,19 +4,24 @@
     python benchmarks/checkpoints.py
 
 The share is the sum of a run's `Time/checkpoint`, during which all ranks wait, over its time from the first to the last
-iteration. Prints a Markdown table.
+iteration. Rows go to benchmarks/results/checkpoints.jsonl; of each command the newest is in README's table.
 """
 
+import importlib.metadata
+import json
 import statistics
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
-from throughput import BIN, ROOT
+from learning import source_hash
+from throughput import BIN, RESULTS, ROOT, cpu_model
 
 RUNS = {
     "`ppo_torch_ddp.py`, two ranks": "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py",
@@ -49,12 +54,28 @@ def run(command: str) -> tuple[int, float, float]:
     return len(seconds), 1000 * statistics.mean(seconds), sum(seconds) / (times[-1] - times[0])
 
 
-def main(args: Args) -> None:
-    print("| run | checkpoints | one takes | share of the time |\n| --- | --- | --- | --- |")
+def table(rows: list[dict]) -> str:
+    """A Markdown table of the newest row of each command: medians, and the lowest and the highest share."""
+    newest = {row["command"]: row for row in rows}
+    lines = ["| run | checkpoints | one takes | share of the time |", "| --- | --- | --- | --- |"]
     for name, command in RUNS.items():
-        counts, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
+        counts, milliseconds, shares = (newest[command][key] for key in ("checkpoints", "milliseconds", "shares"))
         cells = f"{counts[0]} | {statistics.median(milliseconds):.0f} ms | {statistics.median(shares):.2%}"
-        print(f"| {name} | {cells} ({min(shares):.2%} to {max(shares):.2%}) |", flush=True)
+        lines.append(f"| {name} | {cells} ({min(shares):.2%} to {max(shares):.2%}) |")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    rows, versions = [], {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "lightning")}
+    for command in tqdm(RUNS.values()):
+        row = {"command": command, "date": time.strftime("%Y-%m-%d"), "source_sha256": source_hash(command)}
+        counts, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
+        row |= {"checkpoints": counts, "milliseconds": [round(value, 2) for value in milliseconds]}
+        row |= {"shares": [round(share, 6) for share in shares], "versions": versions, "cpu": cpu_model()}
+        rows.append(row)
+        with (RESULTS / "checkpoints.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -46,25 +46,35 @@ def figures(path: Path) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def main(args: Args) -> None:
-    old, new = figures(args.old), figures(args.new)
-    shared = [env_id for env_id in old if env_id in new]
+def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool]:
+    """A Markdown table of the figures of both files, and whether any differs."""
+    runs, others = figures(old), figures(new)
+    shared = [env_id for env_id in runs if env_id in others]
     if not shared:
-        raise SystemExit(f"error: {args.old} and {args.new} have no environment in common")
+        raise SystemExit(f"error: {old} and {new} have no environment in common")
     tests = {}
     for env_id, name in product(shared, ("final greedy return", "mean return of training")):
-        before, after = old[env_id][name], new[env_id][name]
+        before, after = runs[env_id][name], others[env_id][name]
         same = len({*before, *after}) == 1  # all 500, where the test is not defined
         tests[env_id, name] = 1.0 if same else float(ttest_ind(before, after, equal_var=False).pvalue)
-    print("| environment | figure | old, mean of seeds | new | p | p, adjusted | |\n" + "| --- " * 7 + "|")
+    titles = f"{old.stem}, mean (seeds) | {new.stem}, mean (seeds)"
+    lines = [f"| environment | figure | {titles} | p | p, adjusted | {new.stem} is |", "| --- " * 7 + "|"]
     adjusted = holm(tests)
     for (env_id, name), p in tests.items():
-        before, after = old[env_id][name], new[env_id][name]
+        before, after = runs[env_id][name], others[env_id][name]
         better = "better" if np.mean(after) > np.mean(before) else "worse"
-        verdict = better if adjusted[env_id, name] < args.level else "no difference shown"
+        verdict = better if adjusted[env_id, name] < level else "not shown to differ"
         means = [f"{np.mean(values):.1f} ({len(values)})" for values in (before, after)]
-        print(f"| {env_id} | {name} | {' | '.join(means)} | {p:.2f} | {adjusted[env_id, name]:.2f} | {verdict} |")
-    raise SystemExit(int(min(adjusted.values()) < args.level))
+        lines.append(
+            f"| {env_id} | {name} | {' | '.join(means)} | {p:.2f} | {adjusted[env_id, name]:.2f} | {verdict} |"
+        )
+    return "\n".join(lines), min(adjusted.values()) < level
+
+
+def main(args: Args) -> None:
+    table, differ = compare(args.old, args.new, args.level)
+    print(table)
+    raise SystemExit(int(differ))
 
 
 def holm(tests: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:

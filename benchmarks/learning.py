@@ -84,6 +84,15 @@ SUITES = {
         f"{TORCH} --tcp-all-reduce --compile": 5,
         f"{TORCH} --tcp-all-reduce --compile {LUNARLANDER.format(500_000, 8)}": 5,
     },
+    # a policy that is one update older acts in the second: README, "Players and trainers"
+    "alternating": {
+        f"{PLAYER_AND_TRAINER} --num-envs 4": 5,
+        f"{PLAYER_AND_TRAINER} {LUNARLANDER.format(500_000, 8)}": 5,
+    },
+    "overlap": {
+        f"{PLAYER_AND_TRAINER} --overlap --num-envs 4": 5,
+        f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(500_000, 8)}": 5,
+    },
     "mujoco": {
         MUJOCO.format("HalfCheetah-v5"): 3,
         MUJOCO.format("Hopper-v5"): 3,
@@ -97,7 +106,7 @@ SUITES = {
 
 @dataclass
 class Args:
-    suite: Annotated[Literal["classic", "change", "compiled", "mujoco", "pong"], tyro.conf.Positional]
+    suite: Annotated[Literal[tuple(SUITES)], tyro.conf.Positional]
     """what to run"""
     containing: str = ""
     """only the commands with this in them, such as LunarLander"""

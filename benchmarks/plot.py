@@ -3,9 +3,10 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/plot.py
 
-benchmarks/results/learning/SUITE.png is drawn from SUITE.jsonl: the mean over the seeds and its 95% confidence interval
-(Student's t), over environment steps and over wall-clock time, and the tables between README's `<!-- results: ... -->`
-marks are written. `--check` writes nothing, and ends with status 1 where README is out of date.
+benchmarks/results/learning/NAME.png is drawn from the rows of a suite, or of two: the mean over the seeds and its 95%
+confidence interval (Student's t), over environment steps and over wall-clock time; and the tables and commands between
+README's `<!-- results: ... -->` marks are written. `--check` writes nothing, and ends with status 1 where README is out
+of date.
 """
 
 import json
@@ -21,22 +22,41 @@ import tyro
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
 
+import checkpoints
+import compare
 import learning
 import scaling
 import throughput
+import vector_envs
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
 LEARNING = ROOT / "benchmarks" / "results" / "learning"
 README = ROOT / "README.md"
-# PPO in Stable-Baselines3's RL Zoo, one run each: greedy mean returns of its benchmark table, steps of its ppo.yml
-RL_ZOO = {
-    "CartPole-v1": "500 (100,000 steps)",
-    "Acrobot-v1": "-73.5 (1,000,000)",
-    "LunarLander-v3": "242 (1,000,000; v2)",
-    "Pendulum-v1": "-172 (100,000)",
-    "BipedalWalker-v3": "288 (5,000,000)",
+# others' PPO: of Stable-Baselines3's RL Zoo one run each, greedy mean returns of its benchmark table, steps of its
+# ppo.yml; of Tianshou's MuJoCo benchmark the highest during a million steps, means of ten seeds
+PEERS = {
+    "RL Zoo": {
+        "CartPole-v1": "500 (100,000 steps)",
+        "Acrobot-v1": "-73.5 (1,000,000)",
+        "LunarLander-v3": "242 (1,000,000; v2)",
+        "Pendulum-v1": "-172 (100,000)",
+        "BipedalWalker-v3": "288 (5,000,000)",
+        "HalfCheetah-v5": "5,819 (v3)",
+        "Hopper-v5": "2,410 (v3)",
+        "Walker2d-v5": "3,479 (v3)",
+        "Ant-v5": "1,327 (v3)",
+        "Swimmer-v5": "282 (v3)",
+    },
+    "Tianshou": {
+        "HalfCheetah-v5": "5,784 (v3)",
+        "Hopper-v5": "2,609 (v3)",
+        "Walker2d-v5": "3,589 (v3)",
+        "Ant-v5": "3,258 (v3)",
+    },
 }
+# the figures and tables of learning, and the suites whose runs are in them
+FIGURES = {name: (name,) for name in ("classic", "mujoco", "pong")} | {"overlap": ("alternating", "overlap")}
 
 
 @dataclass
@@ -90,9 +110,9 @@ def smooth(at: np.ndarray, returns: np.ndarray, x: np.ndarray) -> np.ndarray:
     )
 
 
-def draw(suite: str) -> None:
+def draw(name: str) -> None:
     """One row of axes for each environment: returns over steps, and over minutes."""
-    groups = runs(suite)
+    groups = {key: rows for suite in FIGURES[name] for key, rows in runs(suite).items()}
     if not groups:
         return
     environments = list(dict.fromkeys(env_id for env_id, _ in groups))
@@ -110,7 +130,7 @@ def draw(suite: str) -> None:
         pair[0].set(title=env_id, ylabel="return", xlabel="environment steps")
         pair[1].set(xlabel="minutes")
         pair[0].legend(fontsize="small")
-    figure.savefig(LEARNING / f"{suite}.png", dpi=90)
+    figure.savefig(LEARNING / f"{name}.png", dpi=90)
     plt.close(figure)
 
 
@@ -120,51 +140,58 @@ def label(command: str) -> str:
     return " ".join([file, *re.findall(r"--(?:tcp-all-reduce|compile|overlap)", command)])
 
 
-def learning_table(suite: str) -> str:
+def learning_table(name: str) -> str:
     """A Markdown table of the greedy returns at the end."""
-    groups = runs(suite)
-    zoo = any(env_id in RL_ZOO for env_id, _ in groups)
-    lines = [
-        f"| environment | file | steps | seeds | greedy return, mean over seeds | lowest, highest |"
-        f"{' RL Zoo |' if zoo else ''} minutes a run |",
-        "| --- " * (8 if zoo else 7) + "|",
-    ]
+    groups = {key: rows for suite in FIGURES[name] for key, rows in runs(suite).items()}
+    peers = [peer for peer, returns in PEERS.items() if any(env_id in returns for env_id, _ in groups)]
+    titles = ["environment", "file", "steps", "seeds", "greedy return, mean over seeds", "lowest, highest", *peers]
+    lines = [" | ".join(["", *titles, "minutes a run", ""]).strip(), "| --- " * (len(titles) + 1) + "|"]
     for (env_id, command), rows in groups.items():
         returns = [row["greedy_return"] for row in rows]
         half = f" ± {interval(returns):,.1f}" if len(returns) > 1 else ""
         steps = max(row["steps"] for row in rows)
         cells = [env_id, f"`{label(command)}`", f"{steps:,}", str(len(rows)), f"{statistics.mean(returns):,.1f}{half}"]
-        cells += [f"{min(returns):,.1f}, {max(returns):,.1f}"]
-        cells += [f"{RL_ZOO.get(env_id, '')}"] if zoo else []
+        cells += [f"{min(returns):,.1f}, {max(returns):,.1f}", *(PEERS[peer].get(env_id, "") for peer in peers)]
         cells += [f"{statistics.median(row['seconds'] for row in rows) / 60:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def block(kind: str, name: str) -> str:
-    """The text of README's `<!-- results: KIND NAME -->`."""
+def commands(suite: str) -> str:
+    """A suite's commands as one writes them in a shell."""
+    lines = (re.sub(r"(\{\S*\})", r"'\1'", command) for command in learning.SUITES[suite])
+    return "\n".join(["```bash", *lines, "```"])
+
+
+def block(kind: str, *names: str) -> str:
+    """The text of README's `<!-- results: KIND NAMES -->`."""
     if kind == "learning":
-        return learning_table(name)
-    if kind == "scaling":
-        lines = (throughput.RESULTS / "scaling.jsonl").read_text().splitlines()
-        return scaling.table([json.loads(line) for line in lines])
-    rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[name]
+        return learning_table(*names)
+    if kind == "commands":
+        return commands(*names)
+    if kind == "compare":
+        return compare.compare(*(LEARNING / f"{name}.jsonl" for name in names))[0]
+    path = throughput.RESULTS / f"{kind}.jsonl"
+    if kind in ("scaling", "checkpoints", "vector_envs"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return {"scaling": scaling, "checkpoints": checkpoints, "vector_envs": vector_envs}[kind].table(rows)
+    rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[names[0]]
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 
 
 def main(args: Args) -> None:
     old = README.read_text()
     new = re.sub(
-        r"(<!-- results: (\w+) (\S*) ?-->\n)(?:.*\n)*?(<!-- end of results -->)",
-        lambda match: f"{match[1]}{block(match[2], match[3])}\n{match[4]}",
+        r"(<!-- results: (.*) -->\n)(?:.*\n)*?(<!-- end of results -->)",
+        lambda match: f"{match[1]}{block(*match[2].split())}\n{match[3]}",
         old,
     )
     if args.check:
         raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
     README.write_text(new)
     throughput.draw(throughput.RESULTS / "throughput.jsonl")
-    for suite in learning.SUITES:
-        draw(suite)
+    for name in FIGURES:
+        draw(name)
 
 
 if __name__ == "__main__":

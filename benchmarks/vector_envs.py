@@ -5,7 +5,7 @@
 
 Stepping alone is the same vector environment, made by ppo_torch_ddp.py, with random actions, in one process: the limit
 that no trainer exceeds. Everything runs alternating, `--repeats` times; a figure is a median. Rows go to
-benchmarks/results/vector_envs.jsonl, and the table for the README is printed.
+benchmarks/results/vector_envs.jsonl; of each combination the newest is in README's table.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from throughput import PYTHON, ROOT, TORCHRUN, cpu_model
+from throughput import PYTHON, RESULTS, ROOT, TORCHRUN, cpu_model
 
 FILE = ROOT / "ppo_torch_ddp.py"
 # environment: its flags, the iterations of a run, and its id by --vec-env
@@ -109,25 +109,36 @@ def main(args: Args) -> None:
         for ranks in (1, 2):
             row[str(ranks)].append(training(ranks, ids[vec_env], vec_env, flags, iterations))
 
-    packages = ("torch", "gymnasium", "numpy", "envpool", "ale-py", "mujoco")
-    print("| environment | --vec-env | stepping alone | one process | two processes |")
-    print("| --- | --- | --- | --- | --- |")
-    with (ROOT / "benchmarks" / "results" / "vector_envs.jsonl").open("w") as file:
-        for (name, vec_env), columns in figures.items():
-            row = {
-                "environment": WORKLOADS[name][2][vec_env],
-                "vec_env": vec_env,
-                "flags": WORKLOADS[name][0],
-                **{column: [round(value, 1) for value in values] for column, values in columns.items()},
-                "date": time.strftime("%Y-%m-%d"),
-                "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
-                "versions": {package: importlib.metadata.version(package) for package in packages},
-                "python": sys.version.split()[0],
-                "cpu": cpu_model(),
-            }
-            file.write(json.dumps(row) + "\n")
-            cells = " | ".join(f"{statistics.median(values):,.0f}" for values in columns.values())
-            print(f"| {row['environment']} | {vec_env} | {cells} |")
+    packages, rows = ("torch", "gymnasium", "numpy", "envpool", "ale-py", "mujoco"), []
+    for (name, vec_env), columns in figures.items():
+        row = {
+            "environment": WORKLOADS[name][2][vec_env],
+            "vec_env": vec_env,
+            "flags": WORKLOADS[name][0],
+            **{column: [round(value, 1) for value in values] for column, values in columns.items()},
+            "date": time.strftime("%Y-%m-%d"),
+            "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
+            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "python": sys.version.split()[0],
+            "cpu": cpu_model(),
+        }
+        rows.append(row)
+    with (RESULTS / "vector_envs.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table of the newest row of each combination: steps per second, medians."""
+    newest = {(row["environment"], row["vec_env"]): row for row in rows}
+    lines = ["| environment | `--vec-env` | stepping alone | training, one process | two processes |"]
+    lines += ["| --- " * 5 + "|"]
+    for name, (_, _, ids) in WORKLOADS.items():
+        for vec_env, env_id in ids.items():
+            row = newest[env_id, vec_env]
+            cells = " | ".join(f"{statistics.median(row[column]):,.0f}" for column in ("stepping", "1", "2"))
+            lines.append(f"| {name if vec_env == 'sync' else ''} | `{vec_env}` | {cells} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
