@@ -3,8 +3,8 @@
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/checkpoints.py
 
-The share is the sum of a run's `Time/checkpoint`, during which all ranks wait, over its time from the first to the last
-iteration. Rows go to benchmarks/results/checkpoints.jsonl; of each command the newest is in README's table.
+The share is the sum of a run's `Time/checkpoint`, during which all ranks wait, over its time from the first iteration
+to the last checkpoint. Rows go to benchmarks/results/checkpoints.jsonl; README's table has the newest of each command.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from learning import source_hash
-from throughput import BIN, RESULTS, ROOT, cpu_model
+from throughput import BIN, RESULTS, ROOT, cpu_model, free_port
 
 RUNS = {
     "`ppo_torch_ddp.py`, two ranks": "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py",
@@ -42,6 +42,7 @@ class Args:
 
 def run(command: str) -> tuple[int, float, float]:
     """Checkpoints written, milliseconds of one, share of the time."""
+    command = command.replace("fabric run", f"fabric run --main-port={free_port()}")
     launcher, *rest = [str(ROOT / part) if part.startswith("ppo_") else part for part in command.split()]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
@@ -49,16 +50,16 @@ def run(command: str) -> tuple[int, float, float]:
         )
         (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
         scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
-        seconds = [point.value for point in scalars("Time/checkpoint")]
-        times = [point.wall_time for point in scalars("Time/update")]
-    return len(seconds), 1000 * statistics.mean(seconds), sum(seconds) / (times[-1] - times[0])
+        points, start_time = scalars("Time/checkpoint"), scalars("Time/update")[0].wall_time
+    seconds = [point.value for point in points]
+    return len(seconds), 1000 * statistics.mean(seconds), sum(seconds) / (points[-1].wall_time - start_time)
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of the newest row of each command: medians, and the lowest and the highest share."""
     newest = {row["command"]: row for row in rows}
     lines = ["| run | checkpoints | one takes | share of the time |", "| --- | --- | --- | --- |"]
-    for name, command in RUNS.items():
+    for name, command in ((name, command) for name, command in RUNS.items() if command in newest):
         counts, milliseconds, shares = (newest[command][key] for key in ("checkpoints", "milliseconds", "shares"))
         cells = f"{counts[0]} | {statistics.median(milliseconds):.0f} ms | {statistics.median(shares):.2%}"
         lines.append(f"| {name} | {cells} ({min(shares):.2%} to {max(shares):.2%}) |")

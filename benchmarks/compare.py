@@ -10,6 +10,7 @@ status 1 if any is below `--level`.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,11 +32,16 @@ class Args:
 
 
 def figures(path: Path) -> dict[str, dict[str, list[float]]]:
-    """By environment and figure, its value in each run of the newest source that it has in the file, of one command."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    newest, result = {row["env_id"]: row["source_sha256"] for row in rows}, {}
-    for env_id, source in newest.items():
-        runs = [row for row in rows if (row["env_id"], row["source_sha256"]) == (env_id, source)]
+    """By environment and figure, its value in each run of one command.
+
+    Of the newest source that the file has most seeds of: a sweep may be under way.
+    """
+    groups, result = defaultdict(lambda: defaultdict(list)), {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups[row["env_id"]][row["source_sha256"]].append(row)
+    for env_id, sources in groups.items():
+        runs = max(reversed(sources.values()), key=len)
         if len({row["command"].rpartition(" --seed")[0] for row in runs}) > 1 or len(runs) < 2:
             raise SystemExit(f"error: {path}: {env_id} needs two seeds or more of a single command")
         result[env_id] = {"final greedy return": [row["greedy_return"] for row in runs], "mean return of training": []}

@@ -60,7 +60,9 @@ LUNARLANDER = (
     "--ent-coef 0.01 --normalize-rewards --eval-episodes 20"
 )
 ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 8 --ent-coef 0.01 --eval-episodes 100"
-PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000 --num-steps 256 --gamma 0.9 --eval-episodes 100"
+PENDULUM = (
+    "--env-id Pendulum-v1 --total-timesteps 200000 --num-steps 256 --gamma 0.95 --normalize-rewards --eval-episodes 100"
+)
 BIPEDALWALKER = (
     "--env-id BipedalWalker-v3 --total-timesteps 5000000 --num-envs 8 --num-steps 256 --learning-rate 3e-4 "
     "--eval-episodes 20"

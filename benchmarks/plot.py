@@ -78,10 +78,12 @@ def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
         if command in learning.SUITES[suite]:
             groups[row["env_id"], command][row["source_sha256"]].append(row)
     result = {}
-    for key, sources in groups.items():
-        newest_first = list(sources.values())[::-1]
-        whole = [rows for rows in newest_first if len(rows) >= learning.SUITES[suite][key[1]]]
-        result[key] = [*whole, *newest_first][0]
+    for command, seeds in learning.SUITES[suite].items():
+        key = learning.env_id_of(command), command
+        newest_first = list(groups[key].values())[::-1]
+        whole = [rows for rows in newest_first if len(rows) >= seeds]
+        if newest_first:
+            result[key] = [*whole, *newest_first][0]
     return result
 
 
@@ -127,6 +129,7 @@ def draw(name: str) -> None:
                 x = x / 60 if column else x
                 axis.plot(x, mean, label=f"{label(command)}, {len(rows)} seeds")
                 axis.fill_between(x, mean - half, mean + half, alpha=0.2)
+                axis.locator_params(axis="x", nbins=6)
         pair[0].set(title=env_id, ylabel="return", xlabel="environment steps")
         pair[1].set(xlabel="minutes")
         pair[0].legend(fontsize="small")
@@ -149,7 +152,7 @@ def learning_table(name: str) -> str:
     for (env_id, command), rows in groups.items():
         returns = [row["greedy_return"] for row in rows]
         half = f" ± {interval(returns):,.1f}" if len(returns) > 1 else ""
-        steps = max(row["steps"] for row in rows)
+        steps = max(row.get("steps", row["curve"][-1][0]) for row in rows)  # older rows have the curve's last alone
         cells = [env_id, f"`{label(command)}`", f"{steps:,}", str(len(rows)), f"{statistics.mean(returns):,.1f}{half}"]
         cells += [f"{min(returns):,.1f}, {max(returns):,.1f}", *(PEERS[peer].get(env_id, "") for peer in peers)]
         cells += [f"{statistics.median(row['seconds'] for row in rows) / 60:.1f}"]
@@ -171,10 +174,9 @@ def block(kind: str, *names: str) -> str:
         return commands(*names)
     if kind == "compare":
         return compare.compare(*(LEARNING / f"{name}.jsonl" for name in names))[0]
-    path = throughput.RESULTS / f"{kind}.jsonl"
-    if kind in ("scaling", "checkpoints", "vector_envs"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return {"scaling": scaling, "checkpoints": checkpoints, "vector_envs": vector_envs}[kind].table(rows)
+    if kind in (modules := {"scaling": scaling, "checkpoints": checkpoints, "vector_envs": vector_envs}):
+        rows = (throughput.RESULTS / f"{kind}.jsonl").read_text().splitlines()
+        return modules[kind].table([json.loads(row) for row in rows])
     rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[names[0]]
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 

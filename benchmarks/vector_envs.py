@@ -135,8 +135,8 @@ def table(rows: list[dict]) -> str:
     lines += ["| --- " * 5 + "|"]
     for name, (_, _, ids) in WORKLOADS.items():
         for vec_env, env_id in ids.items():
-            row = newest[env_id, vec_env]
-            cells = " | ".join(f"{statistics.median(row[column]):,.0f}" for column in ("stepping", "1", "2"))
+            columns = [newest[env_id, vec_env][column] for column in ("stepping", "1", "2")]
+            cells = " | ".join(f"{statistics.median(values):,.0f}" for values in columns)
             lines.append(f"| {name if vec_env == 'sync' else ''} | `{vec_env}` | {cells} |")
     return "\n".join(lines)
 
