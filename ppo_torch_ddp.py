@@ -35,6 +35,8 @@ from itertools import pairwise
 from types import MethodType
 from typing import Literal
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's threads: ranks share the cores; torch has --num-threads
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -265,41 +267,60 @@ class Agent(nn.Module):
         self.normalizers = nn.ModuleDict({name: Normalizer(size) for name, size in seen.items() if size})
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]  # all ranks hold the same
 
-    def sample_noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    def sample_noise(self, shape: tuple[int, ...], generator: Generator) -> np.ndarray:
         """All the randomness of a rollout, (*shape, *output_shape), for `act`: at once, 7% more steps per second."""
         noise = torch.empty(*shape, *self.output_shape)
         if self.discrete:
-            return self.padding.cpu() - noise.exponential_(generator=generator).log()  # Gumbel
-        return noise.normal_(generator=generator)
+            noise = self.padding.cpu() - noise.exponential_(generator=generator).log()  # Gumbel
+        else:
+            noise.normal_(generator=generator).mul_(self.log_std.detach().exp().cpu())
+        return noise.numpy()
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """What `act` and `forward` take, for observations (..., *obs_shape) as the environments give them."""
+        """What `forward` takes, for observations (..., *obs_shape) as the environments give them."""
         return self.normalizers["raw_obs"](obs) if self.normalizes_obs else obs
 
-    def acting_layers(self) -> list[Callable]:
-        """The actor as bare functions for `act`, while its parameters stay where they are: 10% more steps per second.
+    def acting_network(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The actor as a function of observations (N, *obs_shape) for `act`, while its parameters stay where they are.
 
-        An activation function overwrites what it is given, so that none may come first.
+        Fully connected layers on the CPU are computed in numpy: its calls take less time than torch's and leave more of
+        the caches to the environments, which makes 10% more steps per second, 18% with --compile.
         """
-        functions = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
-        return [
-            partial(torch.addmm, layer.bias, mat2=layer.weight.t())
-            if type(layer) is nn.Linear and layer.bias is not None
-            else functions.get(type(layer), layer.forward)
-            for layer in (*self.trunk, *self.actor)
-        ]
+        device, layers = next(self.parameters()).device, (*self.trunk, *self.actor)
 
-    def act(self, obs: Tensor, noise: Tensor | None = None, layers: list[Callable] | None = None) -> Tensor:
+        def array(tensor: Tensor) -> np.ndarray:
+            return tensor.detach().cpu().numpy()
+
+        def linear(layer: nn.Linear) -> Callable:
+            weight, bias = array(layer.weight).T, 0.0 if layer.bias is None else array(layer.bias)
+            return lambda x: x @ weight + bias
+
+        numpy_layers = {nn.Linear: linear, nn.Tanh: lambda _: np.tanh, nn.ReLU: lambda _: partial(np.maximum, 0.0)}
+        if device.type == "cpu" and all(type(layer) in numpy_layers for layer in layers):
+            functions = [numpy_layers[type(layer)](layer) for layer in layers]
+        else:
+            functions = [lambda x: array(self.actor(self.trunk(torch.as_tensor(x, device=device))))]
+        if self.normalizes_obs:
+            center, scale = (array(x) for x in (self.normalizers["raw_obs"].center, self.normalizers["raw_obs"].scale))
+            functions = [lambda obs: ((obs - center) * scale).clip(-10, 10), *functions]
+
+        def network(x: np.ndarray) -> np.ndarray:
+            for function in functions:
+                x = function(x)
+            return x
+
+        return network
+
+    def act(self, obs: np.ndarray, noise: np.ndarray | None = None, network: Callable | None = None) -> np.ndarray:
         """Actions (N, A), integers or floats, for observations (N, *obs_shape), sampled by `noise`; greedy without.
 
         The largest logit plus Gumbel noise is a sample of the categorical (Maddison et al. 2014, arXiv:1411.0030).
         """
-        output = obs
-        for layer in layers or self.acting_layers():
-            output = layer(output)
+        output = (network or self.acting_network())(obs)
         if self.discrete:
-            return (output.view(-1, *self.output_shape) + (self.padding if noise is None else noise)).argmax(-1)
-        return output if noise is None else output + self.log_std.exp() * noise
+            noise = self.padding.cpu().numpy() if noise is None else noise
+            return (output.reshape(-1, *self.output_shape) + noise).argmax(-1)
+        return output if noise is None else output + noise
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of actions (B, A), entropies and values, each (B,), for observations (B, *obs_shape)."""
@@ -315,9 +336,9 @@ class Agent(nn.Module):
         return (-0.5 * z.square() - log_norm).sum(-1), (log_norm + 0.5).sum().expand_as(values), values
 
 
-def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
+def to_env(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """What N environments are stepped with for actions (N, A): Box within its bounds, no NaN; others from `start`."""
-    a = actions.numpy().reshape(-1, *space.shape)
+    a = actions.reshape(-1, *space.shape)
     if isinstance(space, gym.spaces.Box):
         return np.nan_to_num(a).clip(space.low, space.high).astype(space.dtype, copy=False)
     return (a + getattr(space, "start", 0)).astype(space.dtype, copy=False)
@@ -331,8 +352,7 @@ def make_storage(T: int, N: int, agent: Agent, first_obs: np.ndarray) -> Tensors
         "rewards": torch.zeros(T, N),
         "terminated": torch.zeros(T, N, dtype=torch.bool),
         "dones": torch.zeros(T + 1, N, dtype=torch.bool),  # dones[t]: an episode ended just before row t
-        "episode_return": torch.zeros(N, dtype=torch.float64),
-        "episode_length": torch.zeros(N, dtype=torch.int64),
+        "episode": torch.zeros(1, N, 2, dtype=torch.float64),  # the return and the length so far
         "discounted_return": torch.zeros(N),
     }
     storage["obs"][-1] = torch.as_tensor(first_obs).reshape(N, *agent.obs_shape)
@@ -342,7 +362,7 @@ def make_storage(T: int, N: int, agent: Agent, first_obs: np.ndarray) -> Tensors
 @torch.inference_mode()
 def collect_rollout(
     agent: Agent, model: nn.Module, envs: VectorEnv, storage: Tensors, generator: Generator, args: Args
-) -> tuple[Tensors, list[tuple[float, int]]]:
+) -> tuple[Tensors, list[tuple[float, float]]]:
     """Step the environments T times with the actor alone; then pass all rows through the model that is trained.
 
     Returns the rollout on the model's device and the returns and lengths of the episodes that ended. `rewards`,
@@ -352,12 +372,11 @@ def collect_rollout(
     """
     obs, dones, device = storage["obs"], storage["dones"], next(agent.parameters()).device
     obs[0], dones[0] = obs[-1], dones[-1]
-    noise = agent.sample_noise(storage["rewards"].shape, generator).to(device)
+    noise, network = agent.sample_noise(storage["rewards"].shape, generator), agent.acting_network()
     array = {name: tensor.numpy() for name, tensor in storage.items()}  # numpy writes faster: 10% more steps/s
-    episodes, episode_return, episode_length = [], array["episode_return"], array["episode_length"]
-    layers = agent.acting_layers()
-    for t, (step_obs, step_noise) in enumerate(zip(obs[:-1], noise, strict=True)):
-        actions = agent.act(agent.normalize(step_obs.to(device)), step_noise, layers).cpu()
+    over = np.zeros(storage["rewards"].shape, dtype=bool) if args.episodic_life else array["dones"][1:]
+    for t, step_noise in enumerate(noise):
+        actions = agent.act(array["obs"][t], step_noise, network)
         try:
             next_obs, reward, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
             array["obs"][t + 1] = next_obs.reshape(obs.shape[1:])
@@ -367,13 +386,17 @@ def collect_rollout(
                 envs.unwrapped.closed = True
             raise SystemExit(f"error: {args.env_id}: {type(error).__name__}: {error}") from error
         array["dones"][t + 1] = done = terminated | truncated
-        array["actions"][t], array["rewards"][t], array["terminated"][t] = actions.numpy(), reward, terminated
-        episode_return += reward
-        episode_length += ~array["dones"][t]
-        if np.count_nonzero(done):
-            over = done & (truncated | (info.get("lives", 0) == 0)) if args.episodic_life else done  # whole games
-            episodes += zip(episode_return[over].tolist(), episode_length[over].tolist(), strict=True)
-            episode_return[over], episode_length[over] = 0.0, 0
+        array["actions"][t], array["rewards"][t], array["terminated"][t] = actions, reward, terminated
+        if args.episodic_life:  # only a whole game is an episode with a return and a length
+            over[t] = done & (truncated | (info.get("lives", 0) == 0))
+    # sums of the rewards and counts of the rows since each episode began; kept step by step: 5% slower rollouts
+    sums = np.stack([array["rewards"], ~array["dones"][:-1]], axis=-1)
+    sums = np.cumsum(np.concatenate([array["episode"], sums]), axis=0)[1:]
+    episodes = []
+    for t, n in zip(*np.nonzero(over), strict=True):
+        episodes.append(tuple(sums[t, n].tolist()))
+        sums[t:, n] -= sums[t, n]
+    array["episode"][:] = sums[-1]
     rollout = {name: storage[name].to(device) for name in ("obs", "actions", "rewards", "terminated")}
     rollout["dones"], rollout["valid"] = dones[1:].to(device), ~dones[:-1].to(device)
     rollout |= {"raw_obs": rollout["obs"], "raw_rewards": rollout["rewards"], "obs": agent.normalize(rollout["obs"])}
@@ -442,9 +465,9 @@ def shuffle(
     """
     permutation = torch.randperm(len(batch["valid"]), generator=generator).to(batch["valid"].device)
     counts = [valid.sum() for valid in batch["valid"][permutation].tensor_split(num_minibatches)]
-    counts = torch.stack(counts).clamp(min=1)
-    for rows, count in zip(permutation.tensor_split(num_minibatches), counts, strict=True):
-        yield rows.tensor_split(num_parts)[part], num_parts / count
+    weights = num_parts / torch.stack(counts).clamp(min=1)
+    for rows, weight in zip(permutation.tensor_split(num_minibatches), weights, strict=True):
+        yield rows.tensor_split(num_parts)[part], weight
 
 
 def take(batch: Tensors, rows: Tensor, weight: Tensor) -> Tensors:
@@ -620,7 +643,7 @@ def update(
     return torch.stack(metrics).mean(0)
 
 
-def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, int]]) -> Tensor:
+def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, float]]) -> Tensor:
     """What the ranks add up before an update, (10,) float64.
 
     Of the valid rows: count, sums of the advantages, their squares, the returns and their squares. Of the episodes
@@ -655,8 +678,8 @@ def evaluate(agent: Agent, args: Args, seed: int, video_dir: str | None = None, 
     envs, obs = make_envs(args, args.eval_episodes, seed, video_dir)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     while running.any() and not signals:
-        obs = torch.as_tensor(obs).reshape(-1, *agent.obs_shape).to(next(agent.parameters()).device, agent.obs_dtype)
-        actions = agent.act(agent.normalize(obs)).cpu()
+        obs = torch.as_tensor(obs).reshape(-1, *agent.obs_shape).to(agent.obs_dtype)
+        actions = agent.act(obs.numpy())
         obs, rewards, terminated, truncated, info = envs.step(to_env(actions, envs.single_action_space))
         returns += np.where(running, rewards, 0.0)
         running &= ~(truncated | (terminated & (not args.episodic_life or info.get("lives", 0) == 0)))

@@ -148,15 +148,12 @@ def test_categorical_log_probs_entropy_and_samples(space, choices):
     torch.testing.assert_close(log_probs, expected)
     torch.testing.assert_close(entropy, sum(reference.entropy() for reference in references))
     torch.testing.assert_close(values, agent.critic(obs)[:, 0])
-    with torch.no_grad():
-        sampled = agent.act(
-            obs[:1].expand(100_000, 3), agent.sample_noise((100_000,), torch.Generator().manual_seed(0))
-        )
-        greedy = agent.act(obs)
+    noise = agent.sample_noise((100_000,), torch.Generator().manual_seed(0))
+    sampled, greedy = agent.act(obs[:1].expand(100_000, 3).numpy(), noise), agent.act(obs.numpy())
     for i, (reference, n) in enumerate(zip(references, choices, strict=True)):
-        shares = torch.bincount(sampled[:, i], minlength=n) / len(sampled)
-        torch.testing.assert_close(shares, reference.probs[0].detach(), atol=0.01, rtol=0)
-        assert torch.equal(greedy[:, i], reference.probs.argmax(-1))
+        shares = np.bincount(sampled[:, i], minlength=n) / len(sampled)
+        np.testing.assert_allclose(shares, reference.probs[0].detach(), atol=0.01, rtol=0)
+        np.testing.assert_array_equal(greedy[:, i], reference.probs.argmax(-1))
     assert all(action in space for action in ppo.to_env(sampled[:1000], space))
 
 
@@ -174,24 +171,42 @@ def test_sampled_box_actions_follow_the_gaussian():
     agent, obs = make_agent(gym.spaces.Box(-1, 1, (4,))), torch.tensor([[0.3, -0.2, 0.5]])
     torch.nn.init.normal_(agent.actor[-1].weight, generator=torch.Generator().manual_seed(0))
     noise = agent.sample_noise((100_000,), torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        actions, output = agent.act(obs, noise), agent.actor(obs)
-        torch.testing.assert_close(actions.mean(0), output[0], atol=0.02, rtol=0)
-        torch.testing.assert_close(actions.std(0), agent.log_std.exp(), atol=0.02, rtol=0)
-        torch.testing.assert_close(agent.act(obs), output)
+    actions, output = torch.from_numpy(agent.act(obs.numpy(), noise)), agent.actor(obs).detach()
+    torch.testing.assert_close(actions.mean(0), output[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(actions.std(0), agent.log_std.detach().exp(), atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(agent.act(obs.numpy())), output)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "unknown to numpy"])
+@pytest.mark.parametrize("normalize_obs", [False, True])
+def test_acting_and_training_know_the_same_actor(activation, normalize_obs):
+    """Also after an update, of the parameters where they are."""
+    args = ppo.Args(activation_function=activation.split()[0], hidden_sizes=(32, 16), normalize_obs=normalize_obs)
+    agent = ppo.Agent(VECTOR, gym.spaces.Box(-1, 1, (4,)), args)
+    if "unknown" in activation:
+        agent.actor[1], agent.actor[2] = torch.nn.ELU(), torch.nn.Linear(32, 16, bias=False)
+    flat, obs = ppo.flatten_parameters(agent), 20 * torch.randn(50, 3)
+    network = agent.acting_network()
+    for _ in range(2):
+        expected = agent.actor(agent.normalize(obs)).detach().numpy()
+        np.testing.assert_allclose(network(obs.numpy()), expected, atol=1e-5)
+        np.testing.assert_allclose(agent.act(obs.numpy()), expected, atol=1e-5)
+        flat.data += 0.1 * torch.randn_like(flat)
+        for normalizer in agent.normalizers.values():
+            normalizer.merge(normalizer.sums(5 + 3 * torch.randn(100, 3)))
 
 
 def test_actions_reach_the_environment_within_its_space():
     box = gym.spaces.Box(np.array([-1.0, -2.0]), np.array([1.0, 0.5]), dtype=np.float64)
-    stepped = ppo.to_env(torch.tensor([[-3.0, -3.0], [0.5, 3.0]]), box)
+    stepped = ppo.to_env(np.array([[-3.0, -3.0], [0.5, 3.0]]), box)
     np.testing.assert_array_equal(stepped, [[-1, -2], [0.5, 0.5]])
     assert stepped.dtype == np.float64
     for space in (box, gym.spaces.Box(-np.inf, np.inf, (2,))):  # the rollout's counts tell of NaN, not the simulator
-        stepped = ppo.to_env(torch.full((1, 2), torch.nan), space)[0]
+        stepped = ppo.to_env(np.full((1, 2), np.nan), space)[0]
         assert stepped in space and np.isfinite(stepped).all()
-    assert ppo.to_env(torch.tensor([[0], [2]]), gym.spaces.Discrete(3, start=-1)).tolist() == [-1, 1]
+    assert ppo.to_env(np.array([[0], [2]]), gym.spaces.Discrete(3, start=-1)).tolist() == [-1, 1]
     grid = gym.spaces.Box(-1, 1, (2, 3))
-    assert ppo.to_env(torch.arange(12.0).view(2, 6), grid).shape == (2, 2, 3)
+    assert ppo.to_env(np.arange(12.0).reshape(2, 6), grid).shape == (2, 2, 3)
 
 
 def test_rescaled_actions_stay_within_any_bounds():
@@ -203,7 +218,7 @@ def test_rescaled_actions_stay_within_any_bounds():
     gym.register("Bounds-v0", partial(StrangeSpaces, action_space=space))
     envs, _ = ppo.make_envs(ppo.Args(env_id="Bounds-v0"), 1, 0)
     for extreme, expected in ((-3.0, low), (3.0, high), (0.0, (low + high) / 2)):
-        stepped = envs.func(ppo.to_env(torch.full((1, 500), extreme), envs.single_action_space))[0]
+        stepped = envs.func(ppo.to_env(np.full((1, 500), extreme, np.float32), envs.single_action_space))[0]
         assert stepped in space
         np.testing.assert_allclose(stepped, expected, atol=1e-6)
 
@@ -685,7 +700,7 @@ def test_images_reach_the_network_as_channels_first_floats(shape):
     np.testing.assert_allclose(planes, np.asarray(last) / 255, rtol=1e-6)
     agent = ppo.Agent(gym.spaces.Box(0, 255, shape, np.uint8), gym.spaces.Discrete(3), ppo.Args())
     _, _, values = agent(images, torch.zeros(2, 1, dtype=torch.int64))
-    assert values.shape == (2,) and agent.act(images).shape == (2, 1)
+    assert values.shape == (2,) and agent.act(images.numpy()).shape == (2, 1)
     for layer in agent.trunk:
         if isinstance(layer, torch.nn.Conv2d):  # orthogonal rows of norm sqrt(2), as far as there are dimensions
             rows = layer.weight.flatten(1)
