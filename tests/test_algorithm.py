@@ -333,7 +333,7 @@ def test_the_row_after_a_truncation_holds_the_last_observation():
     assert (obs[ends + 1] == 1.0).all() and (obs[ends + 2] == 0.0).all()
 
 
-def test_log_probs_and_values_are_those_of_the_acting_network():
+def test_log_probs_and_values_are_those_of_the_agent_that_acted():
     agent, [(rollout, _)] = collect("CartPole-v1", num_steps=64)
     with torch.no_grad():
         for t in range(64):
@@ -679,6 +679,8 @@ def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
         # three lives of four steps that pay 5 each, a reset row after each life
         assert rollout["dones"][:, 0].nonzero().flatten().tolist() == [3, 8, 13, 18, 23, 28, 33, 38]
         assert episodes == [(60.0, 12)] * 4
+    _, [(_, early), (_, late)] = collect("toy_envs:Lives-v0", num_steps=20, rollouts=2, episodic_life=True)
+    assert (early, late) == ([(60.0, 12)] * 2, [(60.0, 12)] * 2)  # the second game spans the rollouts
     # without the flag lives mean nothing: the end of an episode is its end
     for episodic_life, expected in ((True, [60, 60]), (False, [20, 20])):
         args = ppo.Args(env_id="toy_envs:Lives-v0", eval_episodes=2, episodic_life=episodic_life)
