@@ -446,8 +446,11 @@ def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors,
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
         value_loss = torch.max(value_loss, (clipped_values - returns).square())
     value_loss = 0.5 * value_loss
-    entropy_loss = -entropy if args.ent_coef else -entropy.detach()  # no backward pass for nothing: 3%, compiled
-    loss = (policy_loss + args.vf_coef * value_loss + args.ent_coef * entropy_loss) @ batch["weights"]
+    entropy_loss = -entropy
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef:  # no work for nothing: 2% faster updates, 3% with --compile
+        loss = loss + args.ent_coef * entropy_loss
+    loss = loss @ batch["weights"]
     with torch.no_grad():
         approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
         clipped = (ratio != clipped_ratio).float()
@@ -616,7 +619,7 @@ def update(
 
     `minibatches` makes an epoch of the batch, the same number on all ranks; `gradient` is of `compile_gradient`.
     """
-    metrics, (flat,) = [], optimizer.param_groups[0]["params"]
+    metrics, grad_norms, (flat,) = [], [], optimizer.param_groups[0]["params"]
     for _ in range(args.update_epochs):
         start = len(metrics)
         for rows, weight in minibatches(batch):
@@ -631,16 +634,19 @@ def update(
                 flat.grad = all_reduce(flat.grad).div_(world_size)
             grad_norm = flat.grad.norm()
             flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, 4% faster
-            metrics.append(torch.cat([means, grad_norm.unsqueeze(0)]))
-            if not math.isfinite(grad_norm):  # that of all ranks, so that all stop here, with their parameters intact
-                return torch.stack(metrics).mean(0)
+            metrics.append(means)
+            grad_norms.append(grad_norm.item())
+            if not math.isfinite(grad_norms[-1]):  # that of all ranks: all stop here, with their parameters intact
+                break
             optimizer.step()
+        if not math.isfinite(grad_norms[-1]):
+            break
         if args.target_kl is not None:
             # the mean over all ranks, so that none leaves the loop alone
             approx_kl = all_reduce(torch.stack(metrics[start:])[:, 3].mean()) / world_size
             if approx_kl > args.target_kl:
                 break
-    return torch.stack(metrics).mean(0)
+    return torch.cat([torch.stack(metrics).mean(0), means.new_tensor([np.mean(grad_norms)])])
 
 
 def batch_sums(batch: Tensors, rollout: Tensors, episodes: list[tuple[float, float]]) -> Tensor:
