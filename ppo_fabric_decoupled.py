@@ -481,14 +481,14 @@ def shuffle(
 
 def take(batch: Tensors, rows: Tensor, weight: Tensor) -> Tensors:
     """A minibatch: these rows of a batch, with `weights`, 0 in a row that is no experience."""
-    minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+    minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
     return minibatch | {"weights": minibatch["valid"] * weight}
 
 
 def flatten_parameters(agent: Agent) -> nn.Parameter:
     """A vector of all parameters, (P,), that they become views of; so do their gradients: 16% more steps per second."""
     # last of all: a later agent.to(device), or a new parameter, is not in the vector, and no optimizer sees it
-    flat = nn.Parameter(nn.utils.parameters_to_vector(agent.parameters()).detach())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(agent.parameters()).detach(), requires_grad=False)
     flat.grad = torch.zeros_like(flat)
     nn.utils.vector_to_parameters(flat.data, agent.parameters())
     for p, grad in zip(agent.parameters(), flat.grad.split([p.numel() for p in agent.parameters()]), strict=True):
@@ -501,7 +501,7 @@ def make_optimizer(flat: nn.Parameter, args: Args) -> Optimizer:
     adam = partial(torch.optim.Adam, fused=True)  # 2% more steps per second, 5% with --compile
     optimizer = (adam if args.optimizer == "adam" else torch.optim.RMSprop)([flat], lr=args.learning_rate, eps=1e-5)
     # the step alone, without the hooks and the profiler's record that torch puts around it: 7% faster updates
-    optimizer.step = MethodType(torch.no_grad()(unwrap(type(optimizer).step)), optimizer)
+    optimizer.step = MethodType(unwrap(type(optimizer).step), optimizer)
     return optimizer
 
 
@@ -793,27 +793,33 @@ def stop_if_diverged(flat: Tensor, means: Tensor, iteration: int) -> None:
         raise SystemExit(f"error: iteration {iteration}: not finite: {', '.join(bad) or 'the parameters'}")
 
 
-def send_rollout(batch: Tensors, args: Args, rank: int, num_trainers: int, group: TorchCollective) -> None:
-    """Send a player's rows to the trainers: all rows to all with `share_data`, else equal parts.
+def split_rollout(batch: Tensors, args: Args, num_trainers: int) -> list[Tensor]:
+    """What each trainer gets of a player's rows, `pack`ed, on the host: all rows with `share_data`, else equal parts.
 
     What parts lack in rows is made up by copies of the first ones, which are not `valid` and so count nowhere.
     """
     if args.share_data:
-        group.broadcast(pack(batch).cpu(), rank)
-        return
+        return [pack(batch).cpu()]
     num_rows = len(batch["valid"])
     index = torch.arange(num_rows + -num_rows % num_trainers, device=batch["valid"].device) % num_rows
     batch = {name: tensor[index] for name, tensor in batch.items()}
     batch["valid"][num_rows:] = False
     rows = pack(batch).cpu()
-    parts = [rows[i::num_trainers].contiguous() for i in range(num_trainers)]
-    group.scatter(torch.empty_like(parts[0]), [torch.empty_like(parts[0]), *parts], rank)
+    return [rows[i::num_trainers].contiguous() for i in range(num_trainers)]
 
 
-def receive_rollout(like: Tensors, args: Args, player: int, num_trainers: int, group: TorchCollective) -> Tensor:
-    """Receive what `send_rollout` sends to a trainer, as `pack`ed rows; `like` has the types of a row."""
-    num_rows, width = args.num_envs * args.num_steps, pack(like).shape[1]
-    rows = torch.empty(num_rows if args.share_data else -(-num_rows // num_trainers), width, dtype=torch.uint8)
+def send_rollout(parts: list[Tensor], args: Args, rank: int, group: TorchCollective) -> None:
+    """Send a player's parts to the trainers, whose group it leads."""
+    if args.share_data:
+        group.broadcast(parts[0], rank)
+    else:
+        group.scatter(torch.empty_like(parts[0]), [torch.empty_like(parts[0]), *parts], rank)
+
+
+def receive_rollout(row_bytes: int, args: Args, player: int, num_trainers: int, group: TorchCollective) -> Tensor:
+    """Receive what `send_rollout` sends to a trainer: rows of so many bytes."""
+    num_rows = args.num_envs * args.num_steps
+    rows = torch.empty(num_rows if args.share_data else -(-num_rows // num_trainers), row_bytes, dtype=torch.uint8)
     return group.broadcast(rows, player) if args.share_data else group.scatter(rows, [], player)
 
 
@@ -918,6 +924,7 @@ def play(
             adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
             if args.normalize_advantages:
                 batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
+            parts = split_rollout(batch, args, num_trainers)  # now, while the trainers may still be at work
             metrics = {
                 # the advantages are the returns less the values
                 "Loss/explained_variance": 1 - adv_var / ret_var if ret_var else math.nan,
@@ -931,7 +938,7 @@ def play(
             time_before = time.perf_counter()
             stop_if_bad(meet(rollout_group, bad), turn)
             time_ready = time.perf_counter()
-            send_rollout(batch, args, rank, num_trainers, rollout_group)
+            send_rollout(parts, args, rank, rollout_group)
             wait_seconds += time_ready - time_before
             communication_seconds += time.perf_counter() - time_ready
 
@@ -939,10 +946,10 @@ def play(
         iteration, optimizer_states = turn - lag, [None]
         time_before = time.perf_counter()
         parameter_group.broadcast(message, first_trainer)
+        stop_if_diverged(message[:-9], message[-9:-3], iteration)
         last = last_iteration(iteration, first, num_iterations, signals, world)
         if checkpoint_due(args, iteration, last):
             parameter_group.broadcast_object_list(optimizer_states, first_trainer)
-        stop_if_diverged(message[:-9], message[-9:-3], iteration)
         flat.copy_(message[:-9])
         end_time = time.perf_counter()
         metrics["Time/player_wait"] = wait_seconds + end_time - time_before
@@ -1021,6 +1028,7 @@ def train(
     """
     rank, num_trainers, generator = trainers.rank, trainers.world_size, Generator()
     like, device = batch_like(agent), next(agent.parameters()).device
+    row_bytes = pack(like).shape[1]
     flat = flatten_parameters(agent)
     optimizer = make_optimizer(flat, args)
     if state:
@@ -1044,10 +1052,10 @@ def train(
         if rank == 0:
             message = torch.cat([flat.detach().cpu(), means, torch.tensor(seconds)])
             parameter_group.broadcast(message, args.num_players)
+        stop_if_diverged(flat, means, iteration)
         last = last_iteration(iteration, first, num_iterations, signals, world)
         if rank == 0 and checkpoint_due(args, iteration, last):
             send_optimizer(optimizer, args.num_players, parameter_group)
-        stop_if_diverged(flat, means, iteration)
         return last
 
     for iteration in range(first, num_iterations + 1):
@@ -1058,7 +1066,7 @@ def train(
             bad = meet(group, [0.0, 0.0])
             wait_seconds += time.perf_counter() - time_before
             if not any(bad):
-                parts.append(receive_rollout(like, args, player, num_trainers, group))
+                parts.append(receive_rollout(row_bytes, args, player, num_trainers, group))
         stop_if_bad(bad, iteration)
         batch = {name: tensor.to(device) for name, tensor in unpack(torch.cat(parts), like).items()}
         if args.overlap and (last := send(iteration - 1)) < iteration:
