@@ -181,13 +181,17 @@ def block(kind: str, *names: str) -> str:
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 
 
+def rewrite(match: re.Match) -> str:
+    """README's marked text with what the rows say now."""
+    try:
+        return f"{match[1]}{block(*match[2].split())}\n{match[3]}"
+    except (FileNotFoundError, KeyError) as error:
+        raise SystemExit(f"error: there are no rows for README's `results: {match[2]}`: {error}") from error
+
+
 def main(args: Args) -> None:
     old = README.read_text()
-    new = re.sub(
-        r"(<!-- results: (.*) -->\n)(?:.*\n)*?(<!-- end of results -->)",
-        lambda match: f"{match[1]}{block(*match[2].split())}\n{match[3]}",
-        old,
-    )
+    new = re.sub(r"(<!-- results: (.*) -->\n)(?:.*\n)*?(<!-- end of results -->)", rewrite, old)
     if args.check:
         raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
     README.write_text(new)
