@@ -96,6 +96,28 @@ def test_loss_is_that_of_plain_numpy(clip_vloss, ent_coef):
         np.testing.assert_allclose(means, expected_means, rtol=1e-6)
 
 
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_loss_gradient_is_that_of_plain_numpy(clip_vloss):
+    """By finite differences, with rows on which each clip acts, rows where it does not, and rows inside its range."""
+    args, rng, n = ppo.Args(clip_vloss=clip_vloss, ent_coef=0.3, vf_coef=0.7), np.random.default_rng(0), 256
+    mb = {name: rng.normal(size=n) for name in ("log_probs", "advantages", "returns", "values")}
+    mb |= {"valid": np.ones(n, dtype=bool), "weights": np.full(n, 1 / n)}
+    mb["values"] *= 0.3
+    # new values that are no sum of the old one and a step, so that a step is rounded
+    new = [mb["log_probs"] + rng.normal(size=n) * 0.4, rng.random(n), rng.normal(size=n) * 0.3]
+    outputs = [torch.from_numpy(x).requires_grad_() for x in new]
+    ppo.ppo_loss(*outputs, {name: torch.from_numpy(x) for name, x in mb.items()}, args)[0].backward()
+    assert (outputs[0].grad == 0).any()
+    assert (outputs[2].grad == 0).any() == clip_vloss
+    for x, output in zip(new, outputs, strict=True):
+        for i in range(len(x)):
+            value, losses = x[i], []
+            for x[i] in (value + 1e-6, value - 1e-6):
+                losses.append(numpy_ppo_loss(*new, mb, args)[0])
+            x[i] = value
+            np.testing.assert_allclose(output.grad[i], (losses[0] - losses[1]) / 2e-6, atol=1e-7)
+
+
 def test_loss_gradient_ignores_rows_that_are_no_experience():
     valid = torch.tensor([True, False, True, True])
     mb = {name: torch.randn(4) for name in ("log_probs", "advantages", "returns", "values")}
@@ -257,9 +279,11 @@ def test_a_packed_batch_unpacks_to_itself():
         "wide": torch.randn(6, 2, dtype=torch.float64),
     }
     packed = ppo.pack(batch)
-    assert packed.dtype == torch.uint8 and packed.shape == (6, 6 + 8 + 1 + 12 + 16)
-    assert torch.equal(ppo.unpack(packed[:1], batch)["obs"], batch["obs"][:1])
-    for name, tensor in ppo.unpack(torch.cat([packed, packed]), batch).items():
+    assert packed.dtype == torch.uint8 and packed.shape == (6 * (6 + 8 + 1 + 12 + 16),)
+    part = ppo.pack({name: tensor[::5] for name, tensor in batch.items()})  # other rows than `like` has, with gaps
+    for name, tensor in ppo.unpack(part.unsqueeze(0), batch).items():
+        assert tensor.dtype == batch[name].dtype and torch.equal(tensor, batch[name][::5])
+    for name, tensor in ppo.unpack(torch.stack([packed, packed]), batch).items():
         assert tensor.dtype == batch[name].dtype and torch.equal(tensor, torch.cat([batch[name], batch[name]]))
 
 
