@@ -239,7 +239,8 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
             times = {name: run.milliseconds() for name, run in runs.items() if run.is_shipped}
         finally:
             for run in runs.values():
-                run.family = run.family or [run.process, *run.process.children(recursive=True)]
+                if not run.family and run.is_running():
+                    run.family = [run.process, *run.process.children(recursive=True)]
                 run.send(signal.SIGKILL)
     return speeds, times
 
