@@ -101,7 +101,7 @@ class Args:
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
     tcp_all_reduce: bool = False  # sum gradients and statistics over plain TCP, not gloo: small networks on CPUs
-    compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
+    compile: bool = False  # compile the loss, its gradient and the step with torch.compile (CUDA: a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank, in updates: networks of this size run slower on more
     dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
 
@@ -284,7 +284,8 @@ class Agent(nn.Module):
         """The actor as a function of observations (N, *obs_shape) as the environments give them, for one rollout.
 
         On the CPU an actor of nothing but these layers is computed in numpy: its calls take less time than torch's and
-        leave more of the caches to the environments, which makes 22% more steps per second, 33% with --compile.
+        leave more of the caches to the environments. That makes 21% more steps per second than the other branch, 36%
+        with --compile.
         """
         device, layers = next(self.parameters()).device, (*self.trunk, *self.actor)
         activations = {nn.Tanh: np.tanh, nn.ReLU: partial(np.maximum, 0.0)}
@@ -412,11 +413,17 @@ def collect_rollout(
 
 
 def discount(x: Tensor, decays: Tensor, last: Tensor) -> Tensor:
-    """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1]."""
-    sums = [last]
-    for x_t, decay in zip(x, decays, strict=True):
-        sums.append(torch.addcmul(x_t, decay, sums[-1]))
-    return torch.stack(sums[1:])
+    """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1].
+
+    In log2(T) turns, each of which doubles the rows that a row has added up: 4% faster rollouts than row by row.
+    """
+    y, decays, span = x.clone(), decays.clone(), 1
+    y[0] += decays[0] * last
+    while span < len(y):
+        y[span:] += decays[span:] * y[:-span]
+        decays[span:] = decays[span:] * decays[:-span]
+        span *= 2
+    return y
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, lam: float) -> Tensor:
@@ -431,9 +438,9 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tens
 
 
 def larger(loss: Tensor, clipped: Tensor) -> Tensor:
-    """Elementwise maximum of a loss and its clipped form, with the loss's gradient: 5% faster than by `torch.max`.
+    """Elementwise maximum of a loss and its clipped form, with the loss's gradient: 5% faster updates than `torch.max`.
 
-    Where the clipped form is larger it is constant; inside the clip's range both are equal to the last bit.
+    A clip of your own has to be like these: constant outside its range, and inside it equal to the last bit.
     """
     return torch.where(loss >= clipped, loss, clipped)
 
@@ -455,7 +462,7 @@ def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors,
         value_loss = larger(value_loss, (clipped_values - returns).square())
     value_loss = 0.5 * value_loss
     loss = policy_loss + args.vf_coef * value_loss
-    if args.ent_coef:  # no work for nothing: 2% faster updates, 3% with --compile
+    if args.ent_coef:  # no work for nothing: 4% faster updates
         loss = loss - args.ent_coef * entropy
     loss = loss @ batch["weights"]
     with torch.no_grad():
@@ -499,7 +506,7 @@ def flatten_parameters(agent: Agent) -> nn.Parameter:
 
 def make_optimizer(flat: nn.Parameter, args: Args) -> Optimizer:
     """The optimizer of the vector of all parameters."""
-    adam = partial(torch.optim.Adam, fused=True)  # 2% more steps per second, 5% with --compile
+    adam = partial(torch.optim.Adam, fused=True)  # 6% faster updates
     optimizer = (adam if args.optimizer == "adam" else torch.optim.RMSprop)([flat], lr=args.learning_rate, eps=1e-5)
     # the step alone, without the hooks and the profiler's record that torch puts around it: 7% faster updates
     optimizer.step = MethodType(unwrap(type(optimizer).step), optimizer)
@@ -514,11 +521,15 @@ def batch_like(agent: Agent, num_rows: int = 1) -> Tensors:
     return {name: tensor.repeat_interleave(num_rows, 0) for name, tensor in like.items()}
 
 
-def compile_gradient(agent: Agent, flat: Tensor, batch: Tensors, minibatches: Callable, args: Args) -> Callable:
-    """The gradient of `ppo_loss` as one compiled function, compiled for the sizes of the given batch's minibatches.
+def compile_update(
+    agent: Agent, flat: nn.Parameter, optimizer: Optimizer, batch: Tensors, minibatches: Callable, args: Args
+) -> tuple[Callable, Callable]:
+    """What an optimizer step computes as two compiled functions, for the sizes of the given batch's minibatches.
 
-    It takes all parameters as a vector, (P,), and the arguments of `take`; it returns the gradient, (P,), and what
-    `ppo_loss` does. Sizes, types and coefficients have to stay what they were: on CPUs no call checks them.
+    The first takes all parameters as a vector, (P,), and the arguments of `take`; it returns the gradient of
+    `ppo_loss`, (P,), and what that does. The second takes a gradient, averaged over the ranks, and the learning rate;
+    it clips the gradient, makes the step and returns the norm. Sizes, types and coefficients have to stay what they
+    were: on CPUs no call checks them.
     """
     shapes = {name: p.shape for name, p in agent.named_parameters()}
 
@@ -540,22 +551,37 @@ def compile_gradient(agent: Agent, flat: Tensor, batch: Tensors, minibatches: Ca
     def gradient(flat: Tensor, batch: Tensors, rows: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         return gradient_of_minibatch(flat, take(batch, rows, weight))
 
+    def clip_and_step(grad: Tensor, learning_rate: Tensor) -> Tensor:  # compiled too: 21% faster updates
+        grad_norm = grad.norm()
+        clipped, finite = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1), grad_norm.isfinite()
+        flat.grad.copy_(torch.where(finite, clipped, 0))  # a step of nothing leaves the parameters intact
+        optimizer.param_groups[0]["lr"] = learning_rate * finite
+        optimizer.step()
+        return grad_norm
+
+    def compiled(function: Callable, *inputs: object) -> Callable:
+        if not flat.is_cuda:
+            # 71% faster updates than with torch.compile alone: 8% as it takes the rows too, 15% as it starts its
+            # kernels from C++, 38% as its calls check nothing
+            options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            compiler = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+            function = compiler.aot_compile((inputs, {}))
+            function.disable_guard_check()
+        return function
+
     batch, by_size = {name: tensor.to(flat.device) for name, tensor in batch.items()}, {}
+    group = optimizer.param_groups[0]
+    fused, group["fused"] = group.get("fused"), flat.is_cuda  # on CPUs the compiler fuses it
     try:
         for rows, weight in {len(rows): (rows, weight) for rows, weight in minibatches(batch)}.values():
-            inputs, by_size[len(rows)] = (flat.detach(), batch, rows, weight), gradient
-            if not flat.is_cuda:
-                # 71% faster updates than with torch.compile alone: 8% as it takes the rows too, 15% as it starts its
-                # kernels from C++, 38% as its calls check nothing
-                options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-                compiler = torch.compile(gradient, dynamic=False, fullgraph=True, options=options)
-                by_size[len(rows)] = compiler.aot_compile((inputs, {}))
-                by_size[len(rows)].disable_guard_check()
-            by_size[len(rows)](*inputs)
+            by_size[len(rows)] = compiled(gradient, flat.detach(), batch, rows, weight)
+            by_size[len(rows)](flat.detach(), batch, rows, weight)
+        clip_and_step = compiled(clip_and_step, torch.zeros_like(flat), torch.tensor(args.learning_rate))
     except Exception as error:  # there are many, of many compilers
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise SystemExit(f"error: --compile: {reason}") from error
-    return lambda flat, batch, rows, weight: by_size[len(rows)](flat, batch, rows, weight)
+    group["fused"] = fused
+    return lambda flat, batch, rows, weight: by_size[len(rows)](flat, batch, rows, weight), clip_and_step
 
 
 def connect_ranks(rank: int, world_size: int, timeout: float, broadcast: Callable) -> list[socket.socket]:
@@ -620,31 +646,40 @@ def tcp_all_reduce(tensor: Tensor, rank: int, connections: list[socket.socket], 
 
 def update(
     model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, minibatches: Callable,
-    gradient: Callable | None, all_reduce: Callable, world_size: int, fabric: Fabric,
+    compiled: tuple[Callable, Callable] | None, all_reduce: Callable, world_size: int, fabric: Fabric,
 ) -> Tensor:  # fmt: skip
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
-    `minibatches` makes an epoch of the batch, the same number on all ranks; `gradient` is of `compile_gradient`.
+    `minibatches` makes an epoch of the batch, the same number on all ranks; `compiled` is of `compile_update`.
     """
     metrics, grad_norms, (flat,) = [], [], optimizer.param_groups[0]["params"]
+    gradient, clip_and_step = compiled or (None, None)
+    learning_rate = torch.as_tensor(optimizer.param_groups[0]["lr"])
     for _ in range(args.update_epochs):
         start = len(metrics)
         for rows, weight in minibatches(batch):
-            if gradient:
-                flat.grad, (_, means) = gradient(flat.detach(), batch, rows, weight)
+            if compiled:
+                grad, (_, means) = gradient(flat.detach(), batch, rows, weight)
             else:
                 minibatch = take(batch, rows, weight)
                 loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
                 flat.grad.zero_()
                 fabric.backward(loss)
-            if world_size > 1 and (gradient or args.tcp_all_reduce):  # else DDP has averaged the gradients
-                flat.grad = all_reduce(flat.grad).div_(world_size)
-            grad_norm = fabric.clip_gradients(model, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
+                grad = flat.grad
+            if world_size > 1 and (compiled or args.tcp_all_reduce):  # else DDP has averaged the gradients
+                grad = all_reduce(grad).div_(world_size)
+            if compiled:
+                grad_norm = clip_and_step(grad, learning_rate)
+            else:
+                grad_norm = fabric.clip_gradients(
+                    model, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False
+                )
             metrics.append(means)
             grad_norms.append(grad_norm.item())
             if not math.isfinite(grad_norms[-1]):  # that of all ranks: all stop here, with their parameters intact
                 break
-            optimizer.step()
+            if not compiled:
+                optimizer.step()
         if not math.isfinite(grad_norms[-1]):
             break
         if args.target_kl is not None:
@@ -879,20 +914,20 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(flat, args)
     if state:
         restore(state, agent, optimizer)
+    minibatches = partial(
+        shuffle, num_minibatches=num_minibatches, generator=shuffle_generator, part=part, num_parts=num_parts
+    )
+    compiled, start_time = None, time.perf_counter()
+    if args.compile:
+        num_rows = rollout_size if args.share_data else rollout_size // world_size
+        compiled = compile_update(agent, flat, optimizer, batch_like(agent, num_rows), minibatches, args)
+        if rank == 0:
+            print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     model, optimizer = fabric.setup(agent, optimizer)
     precision, mixed = os.environ.get("LT_PRECISION", "32-true"), () if args.compile else ("bf16-mixed", "bf16")
     if precision not in ("32-true", "32", *mixed):
         raise SystemExit("error: --precision must be 32-true, or bf16-mixed without --compile: agents act in 32 bits")
     storage = make_storage(args.num_steps, args.num_envs, agent, first_obs)
-    minibatches = partial(
-        shuffle, num_minibatches=num_minibatches, generator=shuffle_generator, part=part, num_parts=num_parts
-    )
-    gradient, start_time = None, time.perf_counter()
-    if args.compile:
-        num_rows = rollout_size if args.share_data else rollout_size // world_size
-        gradient = compile_gradient(agent, flat, batch_like(agent, num_rows), minibatches, args)
-        if rank == 0:
-            print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     # logs
     if rank == 0:
         truncate_logs(run_dir, global_step)
@@ -906,7 +941,8 @@ def main(args: Args) -> None:
     mean_return, test_return, stopping, differed = math.nan, math.nan, False, False
 
     for iteration in range(first_iteration, num_iterations + 1):
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
+        learning_rate = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
+        optimizer.param_groups[0]["lr"] = learning_rate
         # seeds: streams of their own for each iteration and each rank's actions and shuffling
         stream_seeds = np.random.SeedSequence((args.seed, rows)).generate_state(2 * world_size).tolist()
         action_generator.manual_seed(stream_seeds[2 * rank])
@@ -938,7 +974,7 @@ def main(args: Args) -> None:
         # update
         names = ("policy_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm")
         with fabric.no_backward_sync(model, enabled=args.tcp_all_reduce):
-            means = update(model, optimizer, batch, args, minibatches, gradient, all_reduce, world_size, fabric)
+            means = update(model, optimizer, batch, args, minibatches, compiled, all_reduce, world_size, fabric)
         # all ranks' parameters are the same if the square of a checksum's mean is the mean of its squares, which stay
         # exact below this prime
         checksum = (flat.detach().view(torch.int32).sum() % 1048573).double()
@@ -962,7 +998,7 @@ def main(args: Args) -> None:
         # logs
         if rank == 0:
             metrics = {f"Loss/{name}": value for name, value in losses.items()}
-            metrics |= {"Info/entropy": -losses["entropy_loss"], "Info/learning_rate": optimizer.param_groups[0]["lr"]}
+            metrics |= {"Info/entropy": -losses["entropy_loss"], "Info/learning_rate": learning_rate}
             metrics |= {"Time/rollout": rollout_time - start_time, "Time/communication": comm_time - rollout_time}
             metrics |= {"Time/update": update_time - comm_time}
             metrics |= {"Time/step_per_second": count / (update_time - start_time)}

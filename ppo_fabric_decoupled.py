@@ -103,7 +103,7 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and training rank
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
-    compile: bool = False  # compile the gradient of the loss with torch.compile (CUDA: into a CUDA graph)
+    compile: bool = False  # compile the loss, its gradient and the step with torch.compile (CUDA: a CUDA graph)
     num_threads: int = 1  # torch's CPU threads per rank, in updates: networks of this size run slower on more
     num_players: int = 1  # ranks that step environments: the first ones; all others train
     overlap: bool = False  # collect the next rollout while the trainers work on the last, by a policy an update older
@@ -290,7 +290,8 @@ class Agent(nn.Module):
         """The actor as a function of observations (N, *obs_shape) as the environments give them, for one rollout.
 
         On the CPU an actor of nothing but these layers is computed in numpy: its calls take less time than torch's and
-        leave more of the caches to the environments, which makes 22% more steps per second, 33% with --compile.
+        leave more of the caches to the environments. That makes 21% more steps per second than the other branch, 36%
+        with --compile.
         """
         device, layers = next(self.parameters()).device, (*self.trunk, *self.actor)
         activations = {nn.Tanh: np.tanh, nn.ReLU: partial(np.maximum, 0.0)}
@@ -418,11 +419,17 @@ def collect_rollout(
 
 
 def discount(x: Tensor, decays: Tensor, last: Tensor) -> Tensor:
-    """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1]."""
-    sums = [last]
-    for x_t, decay in zip(x, decays, strict=True):
-        sums.append(torch.addcmul(x_t, decay, sums[-1]))
-    return torch.stack(sums[1:])
+    """y[t] = x[t] + decays[t] * y[t - 1] for x and decays (T, N), with `last` (N,) as y[-1].
+
+    In log2(T) turns, each of which doubles the rows that a row has added up: 4% faster rollouts than row by row.
+    """
+    y, decays, span = x.clone(), decays.clone(), 1
+    y[0] += decays[0] * last
+    while span < len(y):
+        y[span:] += decays[span:] * y[:-span]
+        decays[span:] = decays[span:] * decays[:-span]
+        span *= 2
+    return y
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, lam: float) -> Tensor:
@@ -437,9 +444,9 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tens
 
 
 def larger(loss: Tensor, clipped: Tensor) -> Tensor:
-    """Elementwise maximum of a loss and its clipped form, with the loss's gradient: 5% faster than by `torch.max`.
+    """Elementwise maximum of a loss and its clipped form, with the loss's gradient: 5% faster updates than `torch.max`.
 
-    Where the clipped form is larger it is constant; inside the clip's range both are equal to the last bit.
+    A clip of your own has to be like these: constant outside its range, and inside it equal to the last bit.
     """
     return torch.where(loss >= clipped, loss, clipped)
 
@@ -461,7 +468,7 @@ def ppo_loss(log_probs: Tensor, entropy: Tensor, values: Tensor, batch: Tensors,
         value_loss = larger(value_loss, (clipped_values - returns).square())
     value_loss = 0.5 * value_loss
     loss = policy_loss + args.vf_coef * value_loss
-    if args.ent_coef:  # no work for nothing: 2% faster updates, 3% with --compile
+    if args.ent_coef:  # no work for nothing: 4% faster updates
         loss = loss - args.ent_coef * entropy
     loss = loss @ batch["weights"]
     with torch.no_grad():
@@ -505,7 +512,7 @@ def flatten_parameters(agent: Agent) -> nn.Parameter:
 
 def make_optimizer(flat: nn.Parameter, args: Args) -> Optimizer:
     """The optimizer of the vector of all parameters."""
-    adam = partial(torch.optim.Adam, fused=True)  # 2% more steps per second, 5% with --compile
+    adam = partial(torch.optim.Adam, fused=True)  # 6% faster updates
     optimizer = (adam if args.optimizer == "adam" else torch.optim.RMSprop)([flat], lr=args.learning_rate, eps=1e-5)
     # the step alone, without the hooks and the profiler's record that torch puts around it: 7% faster updates
     optimizer.step = MethodType(unwrap(type(optimizer).step), optimizer)
@@ -520,11 +527,15 @@ def batch_like(agent: Agent, num_rows: int = 1) -> Tensors:
     return {name: tensor.repeat_interleave(num_rows, 0) for name, tensor in like.items()}
 
 
-def compile_gradient(agent: Agent, flat: Tensor, batch: Tensors, minibatches: Callable, args: Args) -> Callable:
-    """The gradient of `ppo_loss` as one compiled function, compiled for the sizes of the given batch's minibatches.
+def compile_update(
+    agent: Agent, flat: nn.Parameter, optimizer: Optimizer, batch: Tensors, minibatches: Callable, args: Args
+) -> tuple[Callable, Callable]:
+    """What an optimizer step computes as two compiled functions, for the sizes of the given batch's minibatches.
 
-    It takes all parameters as a vector, (P,), and the arguments of `take`; it returns the gradient, (P,), and what
-    `ppo_loss` does. Sizes, types and coefficients have to stay what they were: on CPUs no call checks them.
+    The first takes all parameters as a vector, (P,), and the arguments of `take`; it returns the gradient of
+    `ppo_loss`, (P,), and what that does. The second takes a gradient, averaged over the ranks, and the learning rate;
+    it clips the gradient, makes the step and returns the norm. Sizes, types and coefficients have to stay what they
+    were: on CPUs no call checks them.
     """
     shapes = {name: p.shape for name, p in agent.named_parameters()}
 
@@ -546,53 +557,72 @@ def compile_gradient(agent: Agent, flat: Tensor, batch: Tensors, minibatches: Ca
     def gradient(flat: Tensor, batch: Tensors, rows: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         return gradient_of_minibatch(flat, take(batch, rows, weight))
 
+    def clip_and_step(grad: Tensor, learning_rate: Tensor) -> Tensor:  # compiled too: 21% faster updates
+        grad_norm = grad.norm()
+        clipped, finite = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1), grad_norm.isfinite()
+        flat.grad.copy_(torch.where(finite, clipped, 0))  # a step of nothing leaves the parameters intact
+        optimizer.param_groups[0]["lr"] = learning_rate * finite
+        optimizer.step()
+        return grad_norm
+
+    def compiled(function: Callable, *inputs: object) -> Callable:
+        if not flat.is_cuda:
+            # 71% faster updates than with torch.compile alone: 8% as it takes the rows too, 15% as it starts its
+            # kernels from C++, 38% as its calls check nothing
+            options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            compiler = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+            function = compiler.aot_compile((inputs, {}))
+            function.disable_guard_check()
+        return function
+
     batch, by_size = {name: tensor.to(flat.device) for name, tensor in batch.items()}, {}
+    group = optimizer.param_groups[0]
+    fused, group["fused"] = group.get("fused"), flat.is_cuda  # on CPUs the compiler fuses it
     try:
         for rows, weight in {len(rows): (rows, weight) for rows, weight in minibatches(batch)}.values():
-            inputs, by_size[len(rows)] = (flat.detach(), batch, rows, weight), gradient
-            if not flat.is_cuda:
-                # 71% faster updates than with torch.compile alone: 8% as it takes the rows too, 15% as it starts its
-                # kernels from C++, 38% as its calls check nothing
-                options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-                compiler = torch.compile(gradient, dynamic=False, fullgraph=True, options=options)
-                by_size[len(rows)] = compiler.aot_compile((inputs, {}))
-                by_size[len(rows)].disable_guard_check()
-            by_size[len(rows)](*inputs)
+            by_size[len(rows)] = compiled(gradient, flat.detach(), batch, rows, weight)
+            by_size[len(rows)](flat.detach(), batch, rows, weight)
+        clip_and_step = compiled(clip_and_step, torch.zeros_like(flat), torch.tensor(args.learning_rate))
     except Exception as error:  # there are many, of many compilers
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise SystemExit(f"error: --compile: {reason}") from error
-    return lambda flat, batch, rows, weight: by_size[len(rows)](flat, batch, rows, weight)
+    group["fused"] = fused
+    return lambda flat, batch, rows, weight: by_size[len(rows)](flat, batch, rows, weight), clip_and_step
 
 
 def update(
     model: nn.Module, optimizer: Optimizer, batch: Tensors, args: Args, minibatches: Callable,
-    gradient: Callable | None, group: TorchCollective,
+    compiled: tuple[Callable, Callable] | None, group: TorchCollective,
 ) -> Tensor:  # fmt: skip
     """Train on a batch of R rows; return the means of `ppo_loss` and the gradient's norm, (6,), over all steps.
 
-    `minibatches` makes an epoch of the batch, the same number on all ranks; `gradient` is of `compile_gradient`.
+    `minibatches` makes an epoch of the batch, the same number on all ranks; `compiled` is of `compile_update`.
     """
     metrics, grad_norms, (flat,) = [], [], optimizer.param_groups[0]["params"]
+    gradient, clip_and_step = compiled or (None, None)
+    learning_rate = torch.as_tensor(optimizer.param_groups[0]["lr"])
     for _ in range(args.update_epochs):
         start = len(metrics)
         for rows, weight in minibatches(batch):
-            if gradient:
-                flat.grad, (_, means) = gradient(flat.detach(), batch, rows, weight)
+            if compiled:
+                grad, (_, means) = gradient(flat.detach(), batch, rows, weight)
                 if group.world_size > 1:
-                    group.all_reduce(flat.grad)
-                    flat.grad /= group.world_size
+                    group.all_reduce(grad)
+                    grad /= group.world_size
+                grad_norm = clip_and_step(grad, learning_rate)
             else:
                 minibatch = take(batch, rows, weight)
                 loss, means = ppo_loss(*model(minibatch["obs"], minibatch["actions"]), minibatch, args)
                 flat.grad.zero_()
                 loss.backward()
-            grad_norm = flat.grad.norm()
-            flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, 4% faster
+                grad_norm = flat.grad.norm()
+                flat.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, 4% faster
             metrics.append(means)
             grad_norms.append(grad_norm.item())
             if not math.isfinite(grad_norms[-1]):  # that of all ranks: all stop here, with their parameters intact
                 break
-            optimizer.step()
+            if not compiled:
+                optimizer.step()
         if not math.isfinite(grad_norms[-1]):
             break
         if args.target_kl is not None:
@@ -779,7 +809,7 @@ def catch_signals() -> list[tuple[int, float]]:
     return received
 
 
-def meet_trainers(trainers: range, bad: list[float], signals: list, group: TorchCollective) -> None:
+def meet_trainers(trainers: range, signals: list, group: TorchCollective, bad: Sequence[float] = (0, 0)) -> None:
     """Wait until each trainer is there, which tells waiting from talking; then tell them a player's counts.
 
     These are of non-finite observations and rewards, and of signals, which Python does not look at while it waits.
@@ -934,7 +964,7 @@ def play(
             adv_var, ret_var = adv_sq / count - (adv_sum / count) ** 2, ret_sq / count - (ret_sum / count) ** 2
             if args.normalize_advantages:
                 batch["advantages"] = (batch["advantages"] - adv_sum / count) / (math.sqrt(max(adv_var, 0.0)) + 1e-8)
-            parts = split_rollout(batch, args, num_trainers)  # the trainers may still be at work
+            parts = split_rollout(batch, args, num_trainers)  # before they meet: 3% more steps per second
             metrics = {
                 # the advantages are the returns less the values
                 "Loss/explained_variance": 1 - adv_var / ret_var if ret_var else math.nan,
@@ -946,7 +976,7 @@ def play(
 
             # the trainers get the rollout
             time_before = time.perf_counter()
-            meet_trainers(trainers, bad, signals, rollout_group)
+            meet_trainers(trainers, signals, rollout_group, bad)
             stop_if_bad(bad, turn)
             time_ready = time.perf_counter()
             send_rollout(parts, args, rank, rollout_group)
@@ -957,7 +987,7 @@ def play(
         iteration, optimizer_states = turn - lag, [None]
         time_before = time.perf_counter()
         if not args.overlap:
-            meet_trainers(trainers, bad, signals, rollout_group)
+            meet_trainers(trainers, signals, rollout_group)
         parameter_group.broadcast(message, first_trainer)
         stop_if_diverged(parameters, means, iteration)
         last = iteration if stop and iteration >= first else num_iterations
@@ -1052,11 +1082,11 @@ def train(
     part, num_parts = (rank, num_trainers) if args.share_data else (0, 1)
     num_minibatches = max(1, round(rollout_size / (args.per_rank_batch_size * num_trainers)))
     minibatches = partial(shuffle, num_minibatches=num_minibatches, generator=generator, part=part, num_parts=num_parts)
-    gradient, start_time = None, time.perf_counter()
+    compiled, start_time = None, time.perf_counter()
     if args.compile:
         num_rows = args.num_envs * args.num_steps
         num_rows = args.num_players * (num_rows if args.share_data else -(-num_rows // num_trainers))
-        gradient = compile_gradient(agent, flat, batch_like(agent, num_rows), minibatches, args)
+        compiled = compile_update(agent, flat, optimizer, batch_like(agent, num_rows), minibatches, args)
         if rank == 0:
             print(f"compiled in {time.perf_counter() - start_time:.1f} seconds", flush=True)
     means, seconds, stop, start_time = torch.zeros(6), [0.0, 0.0, 0.0], False, time.perf_counter()
@@ -1098,8 +1128,8 @@ def train(
         stream = 0 if args.share_data else rank
         generator.manual_seed(int(np.random.SeedSequence((args.seed, rows)).generate_state(2 * stream + 2)[-1]))
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * (iteration - 1) / num_iterations)
-        means = update(model, optimizer, batch, args, minibatches, gradient, trainers)
-        sums = torch.cat([means, means.new_tensor([len(signals)])])
+        means = update(model, optimizer, batch, args, minibatches, compiled, trainers)
+        sums = torch.cat([means, means.new_tensor([len(signals)])])  # now, so that one that came meanwhile counts
         if num_trainers > 1:
             trainers.all_reduce(sums)
         means, rows = (sums[:-1] / num_trainers).cpu(), rows + rollout_size

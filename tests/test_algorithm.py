@@ -3,6 +3,7 @@
 import re
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from threading import Event
 from types import SimpleNamespace
@@ -488,7 +489,8 @@ def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent
     for name in batch.keys() - {"actions", "valid"}:
         batch[name].normal_()
     batch["valid"][::2] = True
-    gradient = ppo.compile_gradient(agent, flat, batch, partial(ppo.shuffle, **cut), args)
+    optimizer = ppo.make_optimizer(flat, args)
+    gradient, _ = ppo.compile_update(agent, flat, optimizer, batch, partial(ppo.shuffle, **cut), args)
     for rows, weight in ppo.shuffle(batch, **cut):  # of 21 and of 22 rows
         minibatch = ppo.take(batch, rows, weight)
         loss, means = ppo.ppo_loss(*agent(minibatch["obs"], minibatch["actions"]), minibatch, args)
@@ -498,6 +500,42 @@ def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent
         torch.testing.assert_close(compiled, flat.grad, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(compiled_loss, loss.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(compiled_means, means, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_a_compiled_update_is_the_eager_one(optimizer):
+    """Of two learning rates, the second from a checkpoint's state: the same parameters, state, means and norms."""
+    args = ppo.Args(optimizer=optimizer, max_grad_norm=0.2, per_rank_batch_size=16, update_epochs=2)
+    cut = {"num_minibatches": 4, "part": 0, "num_parts": 1}
+    batch = ppo.batch_like(ppo.Agent(VECTOR, gym.spaces.Discrete(3), args), 64)
+    for name in batch.keys() - {"actions", "valid"}:
+        batch[name].normal_()
+    batch["valid"][1:] = True
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        state, norms = None, []
+        for learning_rate in (1e-2, 3e-3):
+            agent = ppo.Agent(VECTOR, gym.spaces.Discrete(3), args)
+            flat = ppo.flatten_parameters(agent)
+            made = ppo.make_optimizer(flat, args)
+            if state:
+                ppo.restore(state, agent, made)
+            before, kind = flat.detach().clone(), made.param_groups[0].get("fused")
+            minibatches = partial(ppo.shuffle, generator=torch.Generator().manual_seed(1), **cut)
+            compiled = ppo.compile_update(agent, flat, made, batch, minibatches, args) if compile else None
+            assert flat.equal(before) and made.param_groups[0].get("fused") == kind  # compiling is no step
+            made.param_groups[0]["lr"] = learning_rate
+            minibatches = partial(ppo.shuffle, generator=torch.Generator().manual_seed(2), **cut)
+            norms.append(ppo.update(agent, made, batch, args, minibatches, compiled, None, 1))
+            state = {"agent": deepcopy(agent.state_dict()), "optimizer": deepcopy(made.state_dict())}
+        moments = state["optimizer"]["state"][0]
+        assert moments.pop("step") == 2 * 2 * 4
+        assert norms[0][-1] > args.max_grad_norm  # so that it is clipped
+        results.append([flat.detach(), *norms, *moments.values()])
+    assert len(results[0]) == len(results[1]) == (5 if optimizer == "adam" else 4)
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
 
 
 def test_target_kl_ends_the_update(run_main):

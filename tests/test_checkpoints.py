@@ -138,8 +138,8 @@ def test_a_signal_stops_within_an_iteration_and_a_second_one_at_once(tmp_path, v
     assert len(checkpoints(tmp_path)) == 1
 
 
-SIGNALLED = [(TORCH, 1, 0, [])]
-MORE = [(TORCH, 2, 1, TCP), (FABRIC, 2, 0, []), (DECOUPLED, 2, 0, []), (DECOUPLED, 2, 1, ["--overlap"])]
+SIGNALLED = [(TORCH, 1, 0, []), (DECOUPLED, 2, 0, []), (DECOUPLED, 2, 1, ["--overlap"])]
+MORE = [(TORCH, 2, 1, TCP), (FABRIC, 2, 0, [])]
 MORE += [(DECOUPLED, 4, 3, ["--num-players", 2]), (DECOUPLED, 4, 0, ["--num-players", 2, "--overlap"])]
 SIGNALLED += [pytest.param(*case, marks=SLOW) for case in MORE]
 
@@ -505,21 +505,25 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, switch
     assert status != 0 and re.search(said, last_line(output)), output
 
 
-def test_nothing_that_is_not_finite_reaches_the_parameters():
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_nothing_that_is_not_finite_reaches_the_parameters(compile):
     args = ppo.Args(update_epochs=2, per_rank_batch_size=8)
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args)
     flat = ppo.flatten_parameters(agent)
-    optimizer = torch.optim.Adam([flat], fused=True)
+    optimizer = ppo.make_optimizer(flat, args)
     names = ("log_probs", "values", "advantages", "returns")
     batch = {"obs": torch.randn(32, 4), "actions": torch.zeros(32, 1, dtype=torch.int64)}
     batch |= {name: torch.randn(32) for name in names} | {"valid": torch.ones(32, dtype=torch.bool)}
     minibatches = partial(ppo.shuffle, num_minibatches=4, generator=torch.Generator(), part=0, num_parts=1)
-    ppo.update(agent, optimizer, batch, args, minibatches, None, ppo.sum_over_ranks, 1)
+    compiled = ppo.compile_update(agent, flat, optimizer, batch, minibatches, args) if compile else None
+    start = flat.detach().clone()
+    ppo.update(agent, optimizer, batch, args, minibatches, compiled, ppo.sum_over_ranks, 1)
     before = flat.detach().clone()
     batch["advantages"][:] = torch.inf
-    means = ppo.update(agent, optimizer, batch, args, minibatches, None, ppo.sum_over_ranks, 1)
-    assert not means.isfinite().all() and torch.equal(flat, before)
-    assert next(iter(optimizer.state.values()))["step"] == 2 * 4  # of the first update
+    means = ppo.update(agent, optimizer, batch, args, minibatches, compiled, ppo.sum_over_ranks, 1)
+    assert not means.isfinite().all() and torch.equal(flat, before) and not torch.equal(before, start)
+    steps = 2 * 4  # of the first update
+    assert next(iter(optimizer.state.values()))["step"] == steps + compile  # the compiled one is of no length
 
 
 def test_a_simulator_that_hangs_is_no_orphan(tmp_path):
