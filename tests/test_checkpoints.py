@@ -507,23 +507,25 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path, file, switch
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_nothing_that_is_not_finite_reaches_the_parameters(compile):
-    args = ppo.Args(update_epochs=2, per_rank_batch_size=8)
-    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args)
-    flat = ppo.flatten_parameters(agent)
-    optimizer = ppo.make_optimizer(flat, args)
+    """In the first update of a run, which finds the optimizer without a past, and in the second."""
+    args = ppo.Args(update_epochs=2, per_rank_batch_size=8, compile=compile)
     names = ("log_probs", "values", "advantages", "returns")
     batch = {"obs": torch.randn(32, 4), "actions": torch.zeros(32, 1, dtype=torch.int64)}
     batch |= {name: torch.randn(32) for name in names} | {"valid": torch.ones(32, dtype=torch.bool)}
     minibatches = partial(ppo.shuffle, num_minibatches=4, generator=torch.Generator(), part=0, num_parts=1)
-    compiled = ppo.compile_update(agent, flat, optimizer, batch, minibatches, args) if compile else None
-    start = flat.detach().clone()
-    ppo.update(agent, optimizer, batch, args, minibatches, compiled, ppo.sum_over_ranks, 1)
-    before = flat.detach().clone()
-    batch["advantages"][:] = torch.inf
-    means = ppo.update(agent, optimizer, batch, args, minibatches, compiled, ppo.sum_over_ranks, 1)
-    assert not means.isfinite().all() and torch.equal(flat, before) and not torch.equal(before, start)
-    steps = 2 * 4  # of the first update
-    assert next(iter(optimizer.state.values()))["step"] == steps + compile  # the compiled one is of no length
+    for good_updates in (0, 1):
+        agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args)
+        flat = ppo.flatten_parameters(agent)
+        optimizer = ppo.make_optimizer(flat, args)
+        compiled = ppo.compile_update(agent, flat, optimizer, batch, minibatches, args) if compile else None
+        start = flat.detach().clone()
+        for _ in range(good_updates):
+            ppo.update(agent, optimizer, batch, args, minibatches, compiled, ppo.sum_over_ranks, 1)
+        before = flat.detach().clone()
+        assert torch.equal(before, start) == (good_updates == 0)
+        bad = batch | {"advantages": torch.full((32,), torch.inf)}
+        means = ppo.update(agent, optimizer, bad, args, minibatches, compiled, ppo.sum_over_ranks, 1)
+        assert not means.isfinite().all() and torch.equal(flat, before)
 
 
 def test_a_simulator_that_hangs_is_no_orphan(tmp_path):
