@@ -73,7 +73,7 @@ COMMON = (
     "--learning-rate 2.5e-4 --clip-coef 0.2 --vf-coef 0.5 --max-grad-norm 0.5 --gamma 0.99 --gae-lambda 0.95 "
     "--num-threads 1"
 )
-CARTPOLE = f"--env-id CartPole-v1 --clip-vloss --ent-coef 0.01 {COMMON} --total-timesteps 51200"
+CARTPOLE = f"--env-id CartPole-v1 --clip-vloss --ent-coef 0.01 {COMMON} --total-timesteps 102400"
 # name: flags, contenders, flags that override these for Stable-Baselines3, seconds of a turn: those of some iterations
 WORKLOADS = {
     # CleanRL's setting
