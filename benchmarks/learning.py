@@ -59,7 +59,7 @@ LUNARLANDER = (
     "--env-id LunarLander-v3 --total-timesteps {} --num-envs {} --num-steps 256 --gamma 0.999 --gae-lambda 0.98 "
     "--ent-coef 0.01 --normalize-rewards --eval-episodes 20"
 )
-ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000 --num-envs 8 --ent-coef 0.01 --eval-episodes 100"
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 1000000 --num-envs 8 --ent-coef 0.01 --eval-episodes 100"
 PENDULUM = (
     "--env-id Pendulum-v1 --total-timesteps 200000 --num-steps 256 --gamma 0.95 --normalize-rewards --eval-episodes 100"
 )
@@ -72,7 +72,7 @@ SUITES = {
     "classic": {
         TORCH: 10,
         FABRIC: 10,
-        "fabric run --accelerator=cpu --devices=3 ppo_fabric_decoupled.py --num-envs 4": 10,
+        "fabric run --accelerator=cpu --devices=3 ppo_fabric_decoupled.py --num-envs 8": 10,
         f"{TORCH} --tcp-all-reduce {ACROBOT}": 5,
         f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
         f"{FABRIC} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
