@@ -96,7 +96,7 @@ SUITES = {
         f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(500_000, 8)}": 5,
     },
     "mujoco": {
-        MUJOCO.format("HalfCheetah-v5"): 10,  # its seeds differ more than the others'
+        MUJOCO.format("HalfCheetah-v5"): 10,
         MUJOCO.format("Hopper-v5"): 3,
         WALKER2D: 3,
         ANT: 3,
