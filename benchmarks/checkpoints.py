@@ -7,7 +7,6 @@ The share is the sum of a run's `Time/checkpoint`, during which all ranks wait, 
 to the last checkpoint. Rows go to benchmarks/results/checkpoints.jsonl; README's table has the newest of each command.
 """
 
-import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -17,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from learning import source_hash
-from throughput import BIN, RESULTS, ROOT, cpu_model, free_port
+from common import BIN, RESULTS, ROOT, scalars, source_hash, surroundings, with_port
+from learning import file_of
 
 RUNS = {
     "`ppo_torch_ddp.py`, two ranks": "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py",
@@ -40,39 +38,40 @@ class Args:
     """runs of each command"""
 
 
-def run(command: str) -> tuple[int, float, float]:
-    """Checkpoints written, milliseconds of one, share of the time."""
-    command = command.replace("fabric run", f"fabric run --main-port={free_port()}")
+def run(command: str) -> tuple[int, int, float, float]:
+    """Checkpoints written, bytes of one, milliseconds of one, share of the time."""
     launcher, *rest = [str(ROOT / part) if part.startswith("ppo_") else part for part in command.split()]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [str(BIN / launcher), *rest, "--eval-episodes", "0"], cwd=folder, check=True, capture_output=True
-        )
-        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
-        scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
-        points, start_time = scalars("Time/checkpoint"), scalars("Time/update")[0].wall_time
-    seconds = [point.value for point in points]
-    return len(seconds), 1000 * statistics.mean(seconds), sum(seconds) / (points[-1].wall_time - start_time)
+        words = with_port([str(BIN / launcher), *rest, "--eval-episodes", "0"])
+        subprocess.run(words, cwd=folder, check=True, capture_output=True)
+        points = scalars(folder)
+        size = next(Path(folder).rglob("*.pt")).stat().st_size
+    checkpoints, start_time = points["Time/checkpoint"], points["Time/update"][0].wall_time
+    seconds = [point.value for point in checkpoints]
+    share = sum(seconds) / (checkpoints[-1].wall_time - start_time)
+    return len(seconds), size, 1000 * statistics.mean(seconds), share
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of the newest row of each command: medians, and the lowest and the highest share."""
     newest = {row["command"]: row for row in rows}
-    lines = ["| run | checkpoints | one takes | share of the time |", "| --- | --- | --- | --- |"]
+    lines = ["| run | checkpoints | size of one | one takes | share of the time |", "| --- " * 5 + "|"]
     for name, command in ((name, command) for name, command in RUNS.items() if command in newest):
-        counts, milliseconds, shares = (newest[command][key] for key in ("checkpoints", "milliseconds", "shares"))
-        cells = f"{counts[0]} | {statistics.median(milliseconds):.0f} ms | {statistics.median(shares):.2%}"
-        lines.append(f"| {name} | {cells} ({min(shares):.2%} to {max(shares):.2%}) |")
+        row = newest[command]
+        shares, milliseconds = row["shares"], statistics.median(row["milliseconds"])
+        cells = f"{row['checkpoints'][0]} | {row['bytes'][0] / 1e6:.2f} MB | {milliseconds:.0f} ms"
+        share = f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})"
+        lines.append(f"| {name} | {cells} | {share} |")
     return "\n".join(lines)
 
 
 def main(args: Args) -> None:
-    rows, versions = [], {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "lightning")}
+    rows = []
     for command in tqdm(RUNS.values()):
-        row = {"command": command, "date": time.strftime("%Y-%m-%d"), "source_sha256": source_hash(command)}
-        counts, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
-        row |= {"checkpoints": counts, "milliseconds": [round(value, 2) for value in milliseconds]}
-        row |= {"shares": [round(share, 6) for share in shares], "versions": versions, "cpu": cpu_model()}
+        row = {"command": command, "date": time.strftime("%Y-%m-%d"), "source_sha256": source_hash(file_of(command))}
+        counts, sizes, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
+        row |= {"checkpoints": counts, "bytes": sizes, "milliseconds": [round(value, 2) for value in milliseconds]}
+        row |= {"shares": [round(share, 6) for share in shares]} | surroundings("torch", "gymnasium", "lightning")
         rows.append(row)
         with (RESULTS / "checkpoints.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

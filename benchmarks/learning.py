@@ -9,26 +9,20 @@ A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run aga
 command has changed since. At the end prints the final greedy returns; plot.py draws the curves and writes the tables.
 """
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from throughput import BIN, ROOT, cpu_model, free_port
+from common import BIN, RESULTS, ROOT, scalars, source_hash, surroundings, with_port
 
 MUJOCO = (
     "python ppo_torch_ddp.py --env-id {} --total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 "
@@ -54,7 +48,8 @@ PONG = (
 )
 TORCH = "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py"
 FABRIC = "fabric run --accelerator=cpu --strategy=ddp --devices=2 ppo_fabric.py"
-PLAYER_AND_TRAINER = "fabric run --accelerator=cpu --devices=2 ppo_fabric_decoupled.py"
+DECOUPLED = "fabric run --accelerator=cpu --devices={} ppo_fabric_decoupled.py"
+PLAYER_AND_TRAINER = DECOUPLED.format(2)
 LUNARLANDER = (
     "--env-id LunarLander-v3 --total-timesteps {} --num-envs {} --num-steps 256 --gamma 0.999 --gae-lambda 0.98 "
     "--ent-coef 0.01 --normalize-rewards --eval-episodes 20"
@@ -72,7 +67,7 @@ SUITES = {
     "classic": {
         TORCH: 10,
         FABRIC: 10,
-        "fabric run --accelerator=cpu --devices=3 ppo_fabric_decoupled.py --num-envs 8": 10,
+        f"{DECOUPLED.format(3)} --num-envs 8": 10,
         f"{TORCH} --tcp-all-reduce {ACROBOT}": 5,
         f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
         f"{FABRIC} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
@@ -94,6 +89,20 @@ SUITES = {
     "overlap": {
         f"{PLAYER_AND_TRAINER} --overlap --num-envs 4": 5,
         f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(500_000, 8)}": 5,
+    },
+    # players, trainers and ways to share
+    "combinations": {
+        f"{DECOUPLED.format(3)} --num-envs 4": 10,
+        f"{DECOUPLED.format(3)} --num-envs 4 --share-data": 1,
+        f"{DECOUPLED.format(3)} --num-envs 4 --overlap": 1,
+        f"{DECOUPLED.format(3)} --num-envs 4 --share-data --overlap": 1,
+        f"{DECOUPLED.format(4)} --num-envs 4 --num-players 2": 1,
+        f"{DECOUPLED.format(4)} --num-envs 4 --num-players 2 --share-data --overlap": 1,
+        f"{DECOUPLED.format(2)} --num-envs 4": 1,
+        f"{DECOUPLED.format(2)} --num-envs 4 --overlap": 1,
+        f"{DECOUPLED.format(3)} --num-envs 4 --num-players 2 --overlap": 1,
+        f"{DECOUPLED.format(4)} --num-envs 4": 1,
+        f"{DECOUPLED.format(4)} --num-envs 4 --share-data --overlap": 1,
     },
     "mujoco": {
         MUJOCO.format("HalfCheetah-v5"): 10,
@@ -119,63 +128,51 @@ class Args:
 
 
 def env_id_of(command: str) -> str:
+    """The environment that a command trains on."""
     return command.partition("--env-id ")[2].partition(" ")[0] or "CartPole-v1"
 
 
-def source_hash(command: str) -> str:
-    """Of the file that a command runs."""
+def file_of(command: str) -> str:
+    """The file that a command runs."""
     (file,) = [part for part in command.split() if part.endswith(".py")]
-    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
+    return file
 
 
-def version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra one
-        return importlib.metadata.version(package)
-
-
-def run(command: str, seed: int) -> dict:
-    """One run: its returns over steps and wall time, and its greedy evaluation at the end."""
-    versions = {name: version(name) for name in ("torch", "lightning", "gymnasium", "numpy", "mujoco", "ale-py")}
-    # fabric's default port is the same for all
-    words = command.replace("fabric run", f"fabric run --main-port={free_port()}")
-    launcher, *rest = f"{words} --seed {seed}".split()
-    (file,) = [part for part in rest if part.endswith(".py")]
-    arguments = [str(ROOT / part) if part == file else part for part in rest]
-    source, start_time = source_hash(command), time.time()
+def run(command: str, seed: int, workers: int) -> dict:
+    """One run, beside others on the same cores: its returns over steps and wall time, and its greedy evaluation."""
+    launcher, *rest = [str(ROOT / part) if part == file_of(command) else part for part in command.split()]
+    source, start_time = source_hash(file_of(command)), time.time()
     with tempfile.TemporaryDirectory() as folder:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        result = subprocess.run([str(BIN / launcher), *arguments], cwd=folder, **output)
+        words = with_port([str(BIN / launcher), *rest, "--seed", str(seed)])
+        result = subprocess.run(words, cwd=folder, **output)
         if result.returncode:
             raise SystemExit(f"{result.stdout}\nerror: {command} --seed {seed} failed")
-        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
-        scalars = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars
-        points, speeds = scalars("Rewards/rew_avg"), scalars("Time/step_per_second")
-        steps = speeds[-1].step
-        evaluation = scalars("Test/cumulative_reward")[-1].value
+        points = scalars(folder)
+    returns, speeds = points["Rewards/rew_avg"], points["Time/step_per_second"]
     # seconds from the launch on: starting up and compiling are in them
-    curve = [(point.step, round(point.wall_time - start_time, 1), round(point.value, 2)) for point in points]
+    curve = [(point.step, round(point.wall_time - start_time, 1), round(point.value, 2)) for point in returns]
     return {
         "env_id": env_id_of(command),
         "seed": seed,
         "command": f"{command} --seed {seed}",
-        "greedy_return": round(evaluation, 2),
-        "steps": steps,
+        "greedy_return": round(points["Test/cumulative_reward"][-1].value, 2),
+        "steps": speeds[-1].step,
         "seconds": round(time.time() - start_time, 1),
         "steps_per_second": round(statistics.median(point.value for point in speeds)),
         "date": time.strftime("%Y-%m-%d"),
         "source_sha256": source,
-        "versions": versions,
-        "python": sys.version.split()[0],
-        "cpu": cpu_model(),
+        "workers": workers,
+        **surroundings("torch", "lightning", "gymnasium", "numpy", "mujoco", "ale-py"),
         "curve": curve[:: max(1, len(curve) // 200)],
     }
 
 
 def main(args: Args) -> None:
-    path = ROOT / "benchmarks" / "results" / "learning" / f"{args.suite}.jsonl"
+    path = RESULTS / "learning" / f"{args.suite}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["source_sha256"] == source_hash(row["command"])]
+    rows = [row for row in rows if row["source_sha256"] == source_hash(file_of(row["command"]))]
     done = {row["command"] for row in rows}
     suite = {c: args.seeds or seeds for c, seeds in SUITES[args.suite].items() if args.containing in c}
     if not suite:
@@ -184,7 +181,7 @@ def main(args: Args) -> None:
     lock = threading.Lock()
 
     def run_and_write(command: str, seed: int) -> None:
-        row = run(command, seed)
+        row = run(command, seed, args.workers)
         with lock, path.open("a") as file:
             rows.append(row)
             file.write(json.dumps(row) + "\n")

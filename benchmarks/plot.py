@@ -12,9 +12,7 @@ of date.
 import json
 import re
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -28,10 +26,10 @@ import learning
 import scaling
 import throughput
 import vector_envs
+from common import RESULTS, ROOT
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).parent.parent
-LEARNING = ROOT / "benchmarks" / "results" / "learning"
+LEARNING = RESULTS / "learning"
 README = ROOT / "README.md"
 # others' PPO: of Stable-Baselines3's RL Zoo one run each, greedy mean returns of its benchmark table, steps of its
 # ppo.yml; of Tianshou's MuJoCo benchmark the highest during a million steps, means of ten seeds
@@ -66,25 +64,10 @@ class Args:
 
 
 def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
-    """The rows of a suite by environment and command without the seed.
-
-    Of each command those of the newest source that all its seeds were run with, or else of the newest.
-    """
-    groups = defaultdict(lambda: defaultdict(list))
-    path = LEARNING / f"{suite}.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        command = row["command"].rpartition(" --seed")[0]
-        if command in learning.SUITES[suite]:
-            groups[row["env_id"], command][row["source_sha256"]].append(row)
-    result = {}
-    for command, seeds in learning.SUITES[suite].items():
-        key = learning.env_id_of(command), command
-        newest_first = list(groups[key].values())[::-1]
-        whole = [rows for rows in newest_first if len(rows) >= seeds]
-        if newest_first:
-            result[key] = [*whole, *newest_first][0]
-    return result
+    """The newest rows of a suite's commands, by environment and command without the seed."""
+    rows = compare.newest(LEARNING / f"{suite}.jsonl")
+    keys = [(learning.env_id_of(command), command) for command in learning.SUITES[suite]]
+    return {key: rows[key] for key in keys if key in rows}
 
 
 def interval(values: list[float] | np.ndarray) -> np.ndarray:
@@ -105,18 +88,18 @@ def mean_curve(rows: list[dict], column: int, points: int = 200) -> tuple[np.nda
 
 
 def smooth(at: np.ndarray, returns: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """At each x the mean of the returns over the last twentieth of the axis."""
-    windows = [(at > end - x[-1] / 20) & (at <= end) for end in x]
-    return np.array(
-        [returns[w].mean() if w.any() else np.interp(end, at, returns) for end, w in zip(x, windows, strict=True)]
-    )
+    """At each x the mean of the returns over the last twentieth of the axis, or the last return before that."""
+    means = []
+    for end in x:
+        known = returns[at <= end]
+        window = returns[(at > end - x[-1] / 20) & (at <= end)]
+        means.append(window.mean() if len(window) else known[-1])
+    return np.array(means)
 
 
 def draw(name: str) -> None:
     """One row of axes for each environment: returns over steps, and over minutes."""
     groups = {key: rows for suite in FIGURES[name] for key, rows in runs(suite).items()}
-    if not groups:
-        return
     environments = list(dict.fromkeys(env_id for env_id, _ in groups))
     figure, axes = plt.subplots(len(environments), 2, squeeze=False, layout="constrained",
                                 figsize=(9, 2.4 * len(environments)), sharey="row")  # fmt: skip
@@ -147,16 +130,27 @@ def learning_table(name: str) -> str:
     """A Markdown table of the greedy returns at the end."""
     groups = {key: rows for suite in FIGURES[name] for key, rows in runs(suite).items()}
     peers = [peer for peer, returns in PEERS.items() if any(env_id in returns for env_id, _ in groups)]
-    titles = ["environment", "file", "steps", "seeds", "greedy return, mean over seeds", "lowest, highest", *peers]
+    titles = ["environment", "file", "processes", "steps, at most", "seeds"]
+    titles += ["greedy return, mean over seeds", "lowest, highest", *peers]
     lines = [" | ".join(["", *titles, "minutes a run", ""]).strip(), "| --- " * (len(titles) + 1) + "|"]
     for (env_id, command), rows in groups.items():
         returns = [row["greedy_return"] for row in rows]
         half = f" ± {interval(returns):,.1f}" if len(returns) > 1 else ""
-        steps = max(row.get("steps", row["curve"][-1][0]) for row in rows)  # older rows have the curve's last alone
-        cells = [env_id, f"`{label(command)}`", f"{steps:,}", str(len(rows)), f"{statistics.mean(returns):,.1f}{half}"]
+        processes = (re.findall(r"--(?:nproc_per_node|devices)=(\d+)", command) or ["1"])[0]
+        cells = [env_id, f"`{label(command)}`", processes, f"{max(row['steps'] for row in rows):,}", str(len(rows))]
+        cells += [f"{statistics.mean(returns):,.1f}{half}"]
         cells += [f"{min(returns):,.1f}, {max(returns):,.1f}", *(PEERS[peer].get(env_id, "") for peer in peers)]
         cells += [f"{statistics.median(row['seconds'] for row in rows) / 60:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def returns(suite: str) -> str:
+    """A Markdown table of a suite's commands and the greedy return of each seed."""
+    lines = ["| command | seeds | greedy return |", "| --- | --- | --- |"]
+    for (_, command), rows in runs(suite).items():
+        values = [f"{row['greedy_return']:,.1f}" for row in sorted(rows, key=lambda row: row["seed"])]
+        lines.append(f"| `{command}` | {len(rows)} | {', '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -168,16 +162,14 @@ def commands(suite: str) -> str:
 
 def block(kind: str, *names: str) -> str:
     """The text of README's `<!-- results: KIND NAMES -->`."""
-    if kind == "learning":
-        return learning_table(*names)
-    if kind == "commands":
-        return commands(*names)
+    if kind in (functions := {"learning": learning_table, "commands": commands, "returns": returns}):
+        return functions[kind](*names)
     if kind == "compare":
         return compare.compare(*(LEARNING / f"{name}.jsonl" for name in names))[0]
     if kind in (modules := {"scaling": scaling, "checkpoints": checkpoints, "vector_envs": vector_envs}):
-        rows = (throughput.RESULTS / f"{kind}.jsonl").read_text().splitlines()
+        rows = (RESULTS / f"{kind}.jsonl").read_text().splitlines()
         return modules[kind].table([json.loads(row) for row in rows])
-    rows = throughput.latest(throughput.RESULTS / "throughput.jsonl")[names[0]]
+    rows = throughput.latest(RESULTS / "throughput.jsonl")[names[0]]
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 
 
@@ -195,7 +187,7 @@ def main(args: Args) -> None:
     if args.check:
         raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
     README.write_text(new)
-    throughput.draw(throughput.RESULTS / "throughput.jsonl")
+    throughput.draw(RESULTS / "throughput.jsonl")
     for name in FIGURES:
         draw(name)
 

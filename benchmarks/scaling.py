@@ -8,10 +8,7 @@ Races as in throughput.py, on CartPole with 128 steps, 4 epochs and 4 minibatche
 varies at a time, around 2 ranks, 4 environments and a width of 64. Rows go to benchmarks/results/scaling.jsonl.
 """
 
-import hashlib
-import importlib.metadata
 import json
-import shlex
 import signal
 import statistics
 import sys
@@ -20,7 +17,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from throughput import BIN, CARTPOLE, PYTHON, RESULTS, ROOT, TCP, cpu_model, race
+from common import BIN, PYTHON, RESULTS, ROOT, as_written, source_hash, surroundings
+from throughput import CARTPOLE, TCP, race
 
 FILES = ("ppo_torch_ddp.py", "ppo_fabric.py", "ppo_fabric_decoupled.py")
 
@@ -69,17 +67,15 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
     points = [(ranks, 4, 64) for ranks in args.ranks] + [(2, num_envs, 64) for num_envs in args.num_envs]
     points += [(2, 4, width) for width in args.widths]
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "lightning")}
-    hashes = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:16] for name in FILES}
+    hashes = {name: source_hash(name) for name in FILES}
     for ranks, num_envs, width in dict.fromkeys(points):
         lines = commands(ranks, num_envs, width, args.iterations)
         races = [race(lines, 1.0)[0] for _ in range(args.repeats)]
         row = {"ranks": ranks, "num_envs": num_envs, "width": width}
         row["steps_per_second"] = {name: [round(speeds[name], 1) for speeds in races] for name in lines}
-        row["commands"] = {
-            name: shlex.join(line).replace(f"{ROOT}/", "").replace(f"{BIN}/", "") for name, line in lines.items()
-        }
-        row |= {"date": time.strftime("%Y-%m-%d"), "source_sha256": hashes, "versions": versions, "cpu": cpu_model()}
+        row["commands"] = {name: as_written(line) for name, line in lines.items()}
+        row |= {"date": time.strftime("%Y-%m-%d"), "source_sha256": hashes}
+        row |= surroundings("torch", "gymnasium", "lightning")
         with (RESULTS / "scaling.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(table([row]), flush=True)

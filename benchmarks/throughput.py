@@ -14,15 +14,11 @@ Rows go to benchmarks/results/throughput.jsonl, the chart of all workloads to be
 """
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,19 +27,16 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import psutil
 import tyro
 from matplotlib import pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import BIN, PYTHON, RESULTS, ROOT, TORCHRUN, as_written, scalars, source_hash, surroundings, with_port
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-BIN = Path(sys.executable).parent
-PYTHON = [sys.executable]
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
 FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
 TCP = ["--tcp-all-reduce"]
 BASE, PEER, ALONE = "torch, 1 process", "Stable-Baselines3, 1 process", "stepping alone, 1 process"
@@ -109,18 +102,16 @@ WORKLOADS = {
 
 @dataclass
 class Args:
-    workload: str = "cartpole"
-    """one of cartpole, cartpole-example-sizes, halfcheetah, lunarlander"""
+    workload: Literal[tuple(WORKLOADS)] = "cartpole"
+    """environment and sizes of the race"""
     repeats: int = 5
-    """races; 0 prints the tables of the newest rows and draws the chart"""
+    """races"""
     contenders: tuple[str, ...] = ()
     """the contenders to compare (default: all of the workload)"""
     command: str = ""
     """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
     turn: float = 0.0
     """seconds that a contender runs before the next one does (0: what suits the workload)"""
-    results: Path = RESULTS / "throughput.jsonl"
-    """file that the rows are appended to"""
 
 
 class Run:
@@ -146,6 +137,7 @@ class Run:
         return bool(self.family)
 
     def read(self) -> None:
+        """Keep its output, and the time and the count of steps of each line that has one."""
         for line in self.process.stdout:
             self.lines.append(line)
             if match := re.search(r"step\D*([\d,]+)", line, re.IGNORECASE):
@@ -155,11 +147,13 @@ class Run:
         return self.process.poll() is None
 
     def send(self, number: signal.Signals) -> None:
+        """Send a signal to all its processes."""
         for process in self.family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
     def take_turn(self, seconds: float) -> None:
+        """Let it run for so long, or to its end."""
         start = time.time()
         self.send(signal.SIGCONT)
         with contextlib.suppress(psutil.TimeoutExpired):
@@ -175,9 +169,7 @@ class Run:
 
     def points(self) -> dict[str, list]:
         """The `Time/` points in TensorBoard, by tag."""
-        (events,) = {str(path.parent) for path in self.folder.rglob("events.*")}
-        accumulator = EventAccumulator(events, size_guidance={"scalars": 0}).Reload()
-        return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"] if tag.startswith("Time/")}
+        return {tag: points for tag, points in scalars(self.folder).items() if tag.startswith("Time/")}
 
     def milliseconds(self) -> dict[str, float]:
         """Medians of the `Time/` points, of iterations that were in one turn with the two before: some log late."""
@@ -196,12 +188,6 @@ class Run:
         return (last_step - first_step) / seconds
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def contender_command(name: str, flags: str, peer_flags: str = "") -> list[str]:
     """The command line of a contender with a workload's flags."""
     launcher, file, extra = CONTENDERS[name]
@@ -215,9 +201,7 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, command in commands.items():
-                port = [f"--main-port={free_port()}"]  # fabric's default is the same for all
-                command = [*command[:2], *port, *command[2:]] if command[1:2] == ["run"] else command
-                runs[name] = Run(command, Path(folder) / str(len(runs)))
+                runs[name] = Run(with_port(command), Path(folder) / str(len(runs)))
             deadline = time.time() + 600
             while sum(run.stop_at_progress() for run in runs.values()) < len(runs):
                 if time.time() > deadline:
@@ -246,16 +230,8 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
 
 
 def main(args: Args) -> None:
-    if args.workload not in WORKLOADS:
-        raise SystemExit(f"error: --workload {args.workload}: there are {', '.join(WORKLOADS)}")
     if unknown := set(args.contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
-    if args.repeats == 0:
-        rows = latest(args.results)[args.workload] if args.results.exists() else []
-        if not rows:
-            raise SystemExit(f"error: {args.results} has no rows of {args.workload}")
-        print(table(rows), breakdown(rows), sep="\n\n")
-        return draw(args.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
     flags, contenders, peer_flags, turn = WORKLOADS[args.workload]
     turn = args.turn or turn
@@ -263,16 +239,13 @@ def main(args: Args) -> None:
     if args.command:  # it runs in a folder of its own
         parts = [str(Path(part).resolve()) if Path(part).is_file() else part for part in shlex.split(args.command)]
         commands[args.command] = parts
-    packages = ("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
-    date, versions = time.strftime("%Y-%m-%d"), {package: importlib.metadata.version(package) for package in packages}
+    date = time.strftime("%Y-%m-%d")
+    machine = surroundings("torch", "gymnasium", "numpy", "lightning", "stable-baselines3")
     sources = {
         name: [part for part in line if Path(part).is_file() and part.endswith(".py")]
         for name, line in commands.items()
     }
-    hashes = {
-        name: hashlib.sha256(Path(files[-1]).read_bytes()).hexdigest()[:16] if files else ""
-        for name, files in sources.items()
-    }
+    hashes = {name: source_hash(files[-1]) if files else "" for name, files in sources.items()}
     figures = {name: [] for name in commands}
     for repeat in range(args.repeats):
         speeds, times = race(commands, turn)
@@ -286,7 +259,7 @@ def main(args: Args) -> None:
             "workload": args.workload,
             "turn": turn,
             "contender": name,
-            "command": shlex.join(commands[name]).replace(f"{ROOT}/", "").replace(f"{BIN}/", ""),
+            "command": as_written(commands[name]),
             "steps_per_second": [round(value, 1) for value in values],
             "median": round(statistics.median(values), 1),
             # its speed over another's in each race
@@ -298,16 +271,14 @@ def main(args: Args) -> None:
             "milliseconds_in_last_race": times.get(name, {}),
             "date": date,
             "source_sha256": hashes[name],
-            "versions": versions,
-            "python": platform.python_version(),
-            "cpu": cpu_model(),
+            **machine,
         })  # fmt: skip
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as file:
+    path = RESULTS / "throughput.jsonl"
+    with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print("\n" + table(rows))
     print("\n" + breakdown(rows))
-    draw(args.results)
+    draw(path)
 
 
 def latest(path: Path) -> dict[str, list[dict]]:
@@ -363,14 +334,6 @@ def draw(path: Path) -> None:
         axis.barh(list(ratios), medians, xerr=list(zip(*spreads, strict=True)), color="tab:blue", ecolor="0.4")
         axis.set(title=name, xlabel=f"times {BASE}")
     figure.savefig(path.with_suffix(".png"), dpi=100)
-
-
-def cpu_model() -> str:
-    """The processor's name, which platform.processor() leaves empty on Linux, and the number of its cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

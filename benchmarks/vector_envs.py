@@ -3,28 +3,23 @@
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/vector_envs.py
 
-Stepping alone is the same vector environment, made by ppo_torch_ddp.py, with random actions, in one process: the limit
-that no trainer exceeds. Everything runs alternating, `--repeats` times; a figure is a median. Rows go to
+Stepping alone is the same vector environment with random actions in one process, by stepping.py: the limit that no
+trainer in one process exceeds. Everything runs alternating, `--repeats` times; a figure is a median. Rows go to
 benchmarks/results/vector_envs.jsonl; of each combination the newest is in README's table.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from throughput import PYTHON, RESULTS, ROOT, TORCHRUN, cpu_model
+from common import PYTHON, RESULTS, ROOT, TORCHRUN, as_written, scalars, source_hash, surroundings
 
 FILE = ROOT / "ppo_torch_ddp.py"
 # environment: its flags, the iterations of a run, and its id by --vec-env
@@ -51,24 +46,6 @@ WORKLOADS = {
     ),
 }
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-STEPPING = """
-import sys, time
-import numpy as np
-sys.path.insert(0, {root!r})
-import ppo_torch_ddp as ppo
-args = ppo.Args(env_id={env_id!r}, vec_env={vec_env!r}, num_envs=8)
-envs, _ = ppo.make_envs(args, 8, 1)
-actions = [np.stack([envs.single_action_space.sample() for _ in range(8)]) for _ in range(64)]
-for t in range(100):
-    envs.step(actions[t % 64])
-steps, start = 0, time.perf_counter()
-while time.perf_counter() - start < {seconds}:
-    for t in range(20):
-        envs.step(actions[t])
-    steps += 20 * 8
-print(steps / (time.perf_counter() - start))
-envs.close()
-"""
 
 
 @dataclass
@@ -80,9 +57,21 @@ class Args:
 
 
 def stepping(env_id: str, vec_env: str, seconds: float) -> float:
-    """Environment steps per second without an agent, reset rows included."""
-    code = STEPPING.format(root=str(ROOT), env_id=env_id, vec_env=vec_env, seconds=seconds)
-    return float(subprocess.run([*PYTHON, "-c", code], check=True, text=True, capture_output=True, env=ENVIRON).stdout)
+    """Environment steps per second without an agent."""
+    command = [*PYTHON, str(ROOT / "benchmarks" / "stepping.py"), "--env-id", env_id, "--vec-env", vec_env]
+    command += ["--num-envs", "8", "--total-timesteps", "1000000000"]
+    marks = []
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **output, env=ENVIRON) as process:
+        for line in process.stdout:
+            marks.append((time.perf_counter(), int(line.split()[1])))
+            if marks[-1][0] - marks[0][0] > seconds:
+                process.kill()
+                break
+    if len(marks) < 2:
+        raise SystemExit(f"error: {as_written(command)} ended early")
+    (start, first), (end, last) = marks[0], marks[-1]
+    return (last - first) / (end - start)
 
 
 def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int) -> float:
@@ -93,8 +82,7 @@ def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int)
     command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRON)
-        (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
-        points = EventAccumulator(events, size_guidance={"scalars": 0}).Reload().Scalars("Time/step_per_second")
+        points = scalars(folder)["Time/step_per_second"]
     start, end = points[iterations // 4 - 1], points[-1]
     return (end.step - start.step) / (end.wall_time - start.wall_time)
 
@@ -109,7 +97,7 @@ def main(args: Args) -> None:
         for ranks in (1, 2):
             row[str(ranks)].append(training(ranks, ids[vec_env], vec_env, flags, iterations))
 
-    packages, rows = ("torch", "gymnasium", "numpy", "envpool", "ale-py", "mujoco"), []
+    rows = []
     for (name, vec_env), columns in figures.items():
         row = {
             "environment": WORKLOADS[name][2][vec_env],
@@ -117,10 +105,8 @@ def main(args: Args) -> None:
             "flags": WORKLOADS[name][0],
             **{column: [round(value, 1) for value in values] for column, values in columns.items()},
             "date": time.strftime("%Y-%m-%d"),
-            "source_sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
-            "versions": {package: importlib.metadata.version(package) for package in packages},
-            "python": sys.version.split()[0],
-            "cpu": cpu_model(),
+            "source_sha256": source_hash(FILE),
+            **surroundings("torch", "gymnasium", "numpy", "envpool", "ale-py", "mujoco"),
         }
         rows.append(row)
     with (RESULTS / "vector_envs.jsonl").open("a") as file:

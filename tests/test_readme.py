@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -86,6 +87,17 @@ def test_two_machines(tmp_path, command):
     assert [status for status, _ in results] == [0, 0] and "greedy return" in results[0][1] + results[1][1], results
 
 
+def test_every_metric_is_explained():
+    _, _, table = README.partition("## Metrics")
+    table, _, _ = table.partition("## Flags")
+    for file in ROOT.glob("ppo_*.py"):
+        source = file.read_text()
+        tags = set(re.findall(r'"((?:Rewards|Game|Test|Loss|Info|Time)/\w+|hp_metric)"', source))
+        (names,) = set(re.findall(r'names = \(("policy_loss", .*)\)', source))
+        tags |= {f"Loss/{name}" for name in re.findall(r"\w+", names)} | {"Loss/explained_variance"}
+        assert len(tags) > 15 and all(f"`{tag}`" in table for tag in tags), tags
+
+
 def test_the_tables_are_those_of_the_rows(tmp_path):
     run([sys.executable, ROOT / "benchmarks" / "plot.py", "--check"], cwd=tmp_path)
 
@@ -100,15 +112,35 @@ def test_there_are_five_changes():
     assert len(CHANGES) == HACKS.count("```diff") == 5
 
 
+def last_checkpoint(folder):
+    return torch.load(max(folder.rglob("step-*.pt")))
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The checkpoint of the file as it is."""
+    folder = tmp_path_factory.mktemp("unchanged")
+    run([sys.executable, ROOT / "ppo_torch_ddp.py", *SHORT], cwd=folder)
+    return last_checkpoint(folder)
+
+
+# of the checkpoint of a changed file and that of the file as it is: whether the change did what it is for
+EFFECTS = {
+    "Another network": lambda new, old: len(new["agent"]) == len(old["agent"]) + 8,  # of four LayerNorms
+    "Another environment": lambda new, old: new["args"]["env_id"] == "Corridor-v0",
+    "A recurrent policy": lambda new, old: "memory.weight_ih" in new["agent"],
+    "Another loss term": lambda new, old: not torch.equal(new["agent"]["actor.4.bias"], old["agent"]["actor.4.bias"]),
+    "Another optimizer": lambda new, old: "momentum_buffer" in new["optimizer"]["state"][0],
+}
+
+
 @pytest.mark.parametrize("title, diff, command", CHANGES, ids=[title for title, *_ in CHANGES])
-def test_a_change_of_the_torch_file_applies_and_runs(tmp_path, title, diff, command):
-    source = (ROOT / "ppo_torch_ddp.py").read_text()
-    (tmp_path / "ppo_torch_ddp.py").write_text(source)
+def test_a_change_of_the_torch_file_applies_and_works(tmp_path, unchanged, title, diff, command):
+    (tmp_path / "ppo_torch_ddp.py").write_text((ROOT / "ppo_torch_ddp.py").read_text())
     apply(diff, tmp_path)
-    assert (tmp_path / "ppo_torch_ddp.py").read_text() != source
     output = run([sys.executable, *command.split()[1:], *SHORT], cwd=tmp_path)
     assert "greedy return" in output
-    assert scalars(tmp_path)["Loss/policy_loss"]
+    assert EFFECTS[title](last_checkpoint(tmp_path), unchanged)
 
 
 MEMORY = """

@@ -1,0 +1,62 @@
+"""What the benchmarks share: where things are, what a row says of its surroundings, and a run's TensorBoard data."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BIN = Path(sys.executable).parent
+PYTHON = [sys.executable]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
+
+
+def with_port(command: list[str]) -> list[str]:
+    """The command line, `fabric run` on a free port: its default is the same for all."""
+    if command[1:2] != ["run"]:
+        return command
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return [*command[:2], f"--main-port={server.getsockname()[1]}", *command[2:]]
+
+
+def as_written(command: list[str]) -> str:
+    """The command line for a shell in the repository's root, without this machine's paths."""
+    return shlex.join(command).replace(f"{ROOT}/", "").replace(f"{BIN}/", "")
+
+
+def scalars(folder: str | Path) -> dict[str, list[ScalarEvent]]:
+    """All points of the one run below a folder, by tag."""
+    (events,) = {str(path.parent) for path in Path(folder).rglob("events.*")}
+    accumulator = EventAccumulator(events, size_guidance={"scalars": 0}).Reload()
+    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+
+
+def source_hash(file: str | Path) -> str:
+    """Of a file, by its path or its name in the repository's root."""
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
+
+
+def surroundings(*packages: str) -> dict[str, object]:
+    """The versions of those packages that are installed, of Python, and the processor."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra one
+            versions[package] = importlib.metadata.version(package)
+    return {"versions": versions, "python": platform.python_version(), "cpu": cpu_model()}
+
+
+def cpu_model() -> str:
+    """The processor's name, which platform.processor() leaves empty on Linux, and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if "model name" in line]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
