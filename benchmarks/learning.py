@@ -24,21 +24,22 @@ from tqdm import tqdm
 
 from common import BIN, RESULTS, ROOT, scalars, source_hash, surroundings, with_port
 
-MUJOCO = (
-    "python ppo_torch_ddp.py --env-id {} --total-timesteps 1000000 --num-envs 64 --num-steps 32 --learning-rate 3e-4 "
-    "--vf-coef 0.25 --no-normalize-advantages --normalize-obs --normalize-rewards --log-std-init -0.5"
+HOPPER = (
+    "python ppo_torch_ddp.py --env-id Hopper-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 "
+    "--learning-rate 3e-4 --vf-coef 0.25 --no-normalize-advantages --normalize-obs --normalize-rewards "
+    "--log-std-init -0.5"
 )
 SWIMMER = (  # a long horizon, long rollouts
     "python ppo_torch_ddp.py --env-id Swimmer-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 1024 "
     "--learning-rate 6e-4 --gamma 0.9999 --gae-lambda 0.98 --per-rank-batch-size 256 "
     "--normalize-obs --normalize-rewards"
 )
-WALKER2D = (
-    "python ppo_torch_ddp.py --env-id Walker2d-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 "
+MUJOCO = (
+    "python ppo_torch_ddp.py --env-id {} --total-timesteps 1000000 --num-envs 64 --num-steps 32 "
     "--learning-rate 3e-4 --gae-lambda 0.9 --vf-coef 0.25 --normalize-obs --normalize-rewards --log-std-init -1"
 )
 # the contact forces would drown the rest of the observation
-ANT = WALKER2D.replace("Walker2d-v5", 'Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false}')
+ANT = 'Ant-v5 --env-kwargs {"include_cfrc_ext_in_observation":false}'
 # small frames, so that two cores do
 PONG = (
     "torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py --env-id ALE/Pong-v5 --vec-env native "
@@ -106,9 +107,9 @@ SUITES = {
     },
     "mujoco": {
         MUJOCO.format("HalfCheetah-v5"): 10,
-        MUJOCO.format("Hopper-v5"): 3,
-        WALKER2D: 3,
-        ANT: 3,
+        HOPPER: 10,
+        MUJOCO.format("Walker2d-v5"): 10,
+        MUJOCO.format(ANT): 10,
         SWIMMER: 10,
     },
     "pong": {PONG: 1},
