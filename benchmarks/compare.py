@@ -102,7 +102,7 @@ def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool]:
         interval = "({:+.1f} to {:+.1f})".format(*tests[key].confidence_interval()) if tests[key] else ""
         verdict = ("better" if difference > 0 else "worse") if adjusted[key] < level else "not shown to differ"
         cells = [f"{np.mean(values):.1f} ({len(values)})" for values in (before, after)]
-        cells += [f"{difference:+.1f} {interval}", f"{p[key]:.2f}", f"{adjusted[key]:.2f}", verdict]
+        cells += [f"{difference:+.1f} {interval}".strip(), f"{p[key]:.2f}", f"{adjusted[key]:.2f}", verdict]
         lines.append(f"| {label} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines), min(adjusted.values()) < level
 
