@@ -20,8 +20,8 @@ TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
 
 
 def with_port(command: list[str]) -> list[str]:
-    """The command line, `fabric run` on a free port: its default is the same for all."""
-    if command[1:2] != ["run"]:
+    """The command line, `fabric run` on a free port if it names none: its default is the same for all."""
+    if Path(command[0]).name != "fabric" or any(word.startswith("--main-port") for word in command):
         return command
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def with_port(command: list[str]) -> list[str]:
 
 def as_written(command: list[str]) -> str:
     """The command line for a shell in the repository's root, without this machine's paths."""
-    return shlex.join(command).replace(f"{ROOT}/", "").replace(f"{BIN}/", "")
+    return shlex.join(command).replace(f"{BIN}/", "").replace(f"{ROOT}/", "")
 
 
 def scalars(folder: str | Path) -> dict[str, list[ScalarEvent]]:

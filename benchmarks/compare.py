@@ -4,11 +4,11 @@
     python benchmarks/learning.py change
     python benchmarks/compare.py old.jsonl benchmarks/results/learning/change.jsonl
 
-Of each command the rows of the newest source count, which has to be another in the new file than in the old; a command
-that the other file lacks is compared with the only one that the other has of its environment. Welch's test of two
+Of each command the rows of the last source in its file count. Equal commands are compared where their sources differ,
+and a command that is new with the only one of its environment that is then left of the old file's. Welch's test of two
 figures of each run: the final greedy return, and the mean return over the steps of the whole run, which says how fast
 it learned. Being of several tests, p is adjusted (Holm 1979); the intervals of the differences are not. Exit status 1
-if any p is below `--level`.
+if any adjusted p is below `--level`.
 """
 
 import json
@@ -22,8 +22,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 from scipy.stats import ttest_ind
-
-from learning import file_of
 
 
 @dataclass
@@ -44,32 +42,31 @@ def newest(path: Path) -> dict[tuple[str, str], list[dict]]:
     for key, row in zip(keys, rows, strict=True):
         if row["source_sha256"] == sources[key]:
             groups[key].append(row)
-    return groups
+    return dict(groups)
 
 
-def pairs(old: Path, new: Path) -> dict[tuple[str, str], tuple[list[dict], list[dict]]]:
-    """By environment and command of the new file, the rows to compare: two seeds or more each."""
-    before, after, result = newest(old), newest(new), {}
-    for env_id, command in after:
-        others = [other for other in before if other[0] == env_id and other not in after]
-        mine = [key for key in after if key[0] == env_id and key not in before]
-        if (env_id, command) in before:
-            other = env_id, command
-        elif len(others) == len(mine) == 1:
-            (other,) = others
+def pairs(old: Path, new: Path) -> tuple[dict[tuple[str, str], tuple[list[dict], list[dict]]], list[str]]:
+    """By environment and command of the new file the rows to compare, two seeds or more each; and what else to say."""
+    before, after, result, notes = newest(old), newest(new), {}, []
+    sources = {key: [rows[key][0]["source_sha256"] for rows in (before, after)] for key in before.keys() & after.keys()}
+    equal = {key for key, (one, other) in sources.items() if one != other}
+    for key, rows in after.items():
+        env_id, command = key
+        left = [other for other in before if other[0] == env_id and other not in equal]
+        added = [other for other in after if other[0] == env_id and other not in before]
+        partner = key if key in equal else left[0] if key in added and len(left) == len(added) == 1 else None
+        if partner is None:
+            why = "its rows are of the same source in both" if key in before else "not one command to compare it with"
+            notes.append(f"not compared, {why}: {command}")
+        elif min(len(rows), len(before[partner])) < 2:
+            notes.append(f"not compared, it needs two seeds or more in both: {command}")
         else:
-            print(f"not compared, for want of one command to compare it with: {command}", file=sys.stderr)
-            continue
-        runs = before[other], after[env_id, command]
-        if other == (env_id, command) and len({rows[0]["source_sha256"] for rows in runs}) == 1:
-            print(f"not compared, being of the same source in both files: {command}", file=sys.stderr)
-            continue
-        if min(map(len, runs)) < 2:
-            raise SystemExit(f"error: {old}, {new}: two seeds or more are needed of {command}")
-        result[env_id, command] = runs
+            result[key] = before[partner], rows
+            if partner != key:
+                notes.append(f"compared with {partner[1]}: {command}")
     if not result:
-        raise SystemExit(f"error: {old} and {new} have nothing to compare")
-    return result
+        raise SystemExit("\n".join([*notes, f"error: {old} and {new} have nothing to compare"]))
+    return result, notes
 
 
 def figures(rows: list[dict]) -> dict[str, list[float]]:
@@ -81,14 +78,14 @@ def figures(rows: list[dict]) -> dict[str, list[float]]:
     return {"final greedy return": [row["greedy_return"] for row in rows], "mean return of training": means}
 
 
-def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool]:
-    """A Markdown table of the figures of both files, and whether any differs."""
-    runs, samples, tests = pairs(old, new), {}, {}
+def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool, list[str]]:
+    """A Markdown table of the figures of both files, whether any differs, and which commands were compared or not."""
+    (runs, notes), samples, tests = pairs(old, new), {}, {}
     environments = [env_id for env_id, _ in runs]
     for (env_id, command), (before, after) in runs.items():
-        label = env_id if environments.count(env_id) == 1 else f"{env_id}, {file_of(command)}"
+        label = env_id if environments.count(env_id) == 1 else f"{env_id}: `{command}`"
         for name, values in figures(before).items():
-            samples[label, name, command] = values, figures(after)[name]
+            samples[label, name] = values, figures(after)[name]
     for key, (before, after) in samples.items():
         same = len({*before, *after}) == 1  # all 500, where the test is not defined
         with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):  # those of one side are all 500
@@ -97,18 +94,19 @@ def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool]:
     lines = [f"| environment | figure | {titles} | p | p, adjusted | {new.stem} is |", "| --- " * 8 + "|"]
     p = {key: float(test.pvalue) if test else 1.0 for key, test in tests.items()}
     adjusted = holm(p)
-    for (label, name, command), (before, after) in samples.items():
-        key, difference = (label, name, command), np.mean(after) - np.mean(before)
+    for key, (before, after) in samples.items():
+        difference = np.mean(after) - np.mean(before)
         interval = "({:+.1f} to {:+.1f})".format(*tests[key].confidence_interval()) if tests[key] else ""
         verdict = ("better" if difference > 0 else "worse") if adjusted[key] < level else "not shown to differ"
         cells = [f"{np.mean(values):.1f} ({len(values)})" for values in (before, after)]
         cells += [f"{difference:+.1f} {interval}".strip(), f"{p[key]:.2f}", f"{adjusted[key]:.2f}", verdict]
-        lines.append(f"| {label} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines), min(adjusted.values()) < level
+        lines.append(f"| {' | '.join(key)} | {' | '.join(cells)} |")
+    return "\n".join(lines), min(adjusted.values()) < level, notes
 
 
 def main(args: Args) -> None:
-    table, differ = compare(args.old, args.new, args.level)
+    table, differ, notes = compare(args.old, args.new, args.level)
+    print("\n".join(notes), file=sys.stderr)
     print(table)
     raise SystemExit(int(differ))
 

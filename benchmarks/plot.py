@@ -67,7 +67,7 @@ def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
     """The newest rows of a suite's commands, by environment and command without the seed."""
     rows = compare.newest(LEARNING / f"{suite}.jsonl")
     keys = [(learning.env_id_of(command), command) for command in learning.SUITES[suite]]
-    return {key: rows[key] for key in keys if key in rows}
+    return {key: rows[key] for key in keys}
 
 
 def interval(values: list[float] | np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def draw(name: str) -> None:
             for column, axis in enumerate(pair):
                 x, mean, half = mean_curve(rows, column)
                 x = x / 60 if column else x
-                axis.plot(x, mean, label=f"{label(command)}, {len(rows)} seeds")
+                axis.plot(x, mean, label=f"{label(command)}, {len(rows)} seed{'s' * (len(rows) > 1)}")
                 axis.fill_between(x, mean - half, mean + half, alpha=0.2)
                 axis.locator_params(axis="x", nbins=6)
         pair[0].set(title=env_id, ylabel="return", xlabel="environment steps")

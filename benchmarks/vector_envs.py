@@ -60,16 +60,15 @@ def stepping(env_id: str, vec_env: str, seconds: float) -> float:
     """Environment steps per second without an agent."""
     command = [*PYTHON, str(ROOT / "benchmarks" / "stepping.py"), "--env-id", env_id, "--vec-env", vec_env]
     command += ["--num-envs", "8", "--total-timesteps", "1000000000"]
-    marks = []
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    marks, output = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **output, env=ENVIRON) as process:
         for line in process.stdout:
             marks.append((time.perf_counter(), int(line.split()[1])))
             if marks[-1][0] - marks[0][0] > seconds:
                 process.kill()
                 break
-    if len(marks) < 2:
-        raise SystemExit(f"error: {as_written(command)} ended early")
+        else:
+            raise SystemExit(f"{process.stderr.read()}\nerror: {as_written(command)} ended early")
     (start, first), (end, last) = marks[0], marks[-1]
     return (last - first) / (end - start)
 

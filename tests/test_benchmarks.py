@@ -13,6 +13,7 @@ import tyro
 from launch import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
+import common
 import compare
 import learning
 import plot
@@ -20,7 +21,7 @@ import throughput
 
 COMMAND = learning.TORCH
 DOCUMENTS = (ROOT / "README.md").read_text() + (ROOT / "benchmarks" / "README.md").read_text()
-COMMANDS = re.findall(r"^python benchmarks/(\w+)\.py(.*)$", DOCUMENTS, re.MULTILINE)
+COMMANDS = re.findall(r"(?:^|&& )python benchmarks/(\w+)\.py(.*)$", DOCUMENTS, re.MULTILINE)
 COMMANDS += re.findall(r"`python\sbenchmarks/(\w+)\.py([^`]*)`", DOCUMENTS)
 
 
@@ -64,7 +65,7 @@ def new(tmp_path, old):
 )
 def test_a_comparison_says_the_direction(old, new, returns, verdict, differ):
     write(new, returns, source="new")
-    table, differs = compare.compare(old, new)
+    table, differs, _ = compare.compare(old, new)
     lines = table.splitlines()[2:]
     assert differs == differ and len(lines) == 2
     assert all(line.endswith(f"| {verdict} |") for line in lines)
@@ -74,7 +75,7 @@ def test_a_comparison_says_the_direction(old, new, returns, verdict, differ):
 def test_a_comparison_is_of_welch(old, new):
     write(new, [90.0, 150.0, 120.0], source="new")
     # by hand: variances of the means 41.67 and 300, t = 5 / 18.48 of 2.561 degrees of freedom, whose 97.5% is 3.514
-    table, _ = compare.compare(old, new)
+    table, *_ = compare.compare(old, new)
     assert "| +5.0 (-60.0 to +70.0) | 0.81 | 1.00 |" in table
 
 
@@ -82,7 +83,7 @@ def test_a_comparison_is_of_welch(old, new):
     "rows, said",
     [
         ({}, "nothing to compare"),
-        ({"returns": [200.0]}, "two seeds or more"),
+        ({"returns": [200.0]}, "nothing to compare"),
         ({"returns": [1.0, 2.0], "env_id": "Acrobot-v1"}, "nothing to compare"),
     ],
 )
@@ -94,12 +95,29 @@ def test_rows_are_not_compared_with_themselves(old, new, rows, said):
 
 
 def test_another_command_is_compared_where_there_is_but_one(old, new):
-    new.unlink()
+    """A suite's command was changed: the file keeps the rows of the former one."""
     write(new, [1.0, 2.0], source="old", command=f"{COMMAND} --compile")
-    assert compare.pairs(old, new).keys() == {("CartPole-v1", f"{COMMAND} --compile")}
+    runs, notes = compare.pairs(old, new)
+    ((key, (before, after)),) = runs.items()
+    assert key == ("CartPole-v1", f"{COMMAND} --compile")
+    assert [row["greedy_return"] for row in before] == [100.0, 110.0, 120.0, 130.0]
+    assert [row["greedy_return"] for row in after] == [1.0, 2.0]
+    assert f"compared with {COMMAND}: {COMMAND} --compile" in notes
     write(new, [1.0, 2.0], source="old", command=f"{COMMAND} --gamma 0.9")
     with pytest.raises(SystemExit, match="nothing to compare"):
         compare.pairs(old, new)
+
+
+def test_equal_commands_are_compared_first(old, new):
+    write(old, [1.0, 2.0], source="old", command=f"{COMMAND} --compile")
+    write(new, [3.0, 4.0], source="new", command=f"{COMMAND} --compile")
+    write(new, [200.0, 210.0], source="new")
+    write(new, [5.0], source="new", command=f"{COMMAND} --gamma 0.9")  # a sweep under way
+    runs, _ = compare.pairs(old, new)
+    returns = [[row["greedy_return"] for rows in pair for row in rows] for pair in runs.values()]
+    assert sorted(returns) == [[1.0, 2.0, 3.0, 4.0], [100.0, 110.0, 120.0, 130.0, 200.0, 210.0]]
+    table, *_ = compare.compare(old, new)
+    assert f"| CartPole-v1: `{COMMAND} --compile` |" in table
 
 
 def test_p_is_adjusted_as_in_holm():
@@ -118,11 +136,15 @@ def test_curves_look_back_and_not_ahead():
 
 def test_figures_are_of_the_newest_source(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "LEARNING", tmp_path)
+    monkeypatch.setitem(learning.SUITES, "change", {COMMAND: 3})
     write(tmp_path / "change.jsonl", [1.0, 2.0, 3.0], source="old")
     write(tmp_path / "change.jsonl", [4.0, 5.0], source="new")
     write(tmp_path / "change.jsonl", [6.0, 7.0], source="new", command="python ppo_torch_ddp.py")  # no longer in it
     ((key, rows),) = plot.runs("change").items()
     assert key == ("CartPole-v1", COMMAND) and [row["greedy_return"] for row in rows] == [4.0, 5.0]
+    monkeypatch.setitem(learning.SUITES, "change", {f"{COMMAND} --compile": 3})
+    with pytest.raises(KeyError):
+        plot.runs("change")
 
 
 def test_a_finished_row_is_not_run_again(tmp_path, monkeypatch, capsys):
@@ -153,9 +175,17 @@ def test_a_finished_row_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert len(rows) == 10 and all("LunarLander" in row["command"] for row in rows)
 
 
+def test_only_fabric_run_is_given_a_port():
+    command = ["bin/fabric", "run", "--devices=2", "ppo_fabric.py"]
+    first, second = common.with_port(command), common.with_port(command)
+    assert first[:2] + first[3:] == command and first[2].startswith("--main-port=") and first != second
+    for command in (["uv", "run", "ppo_torch_ddp.py"], ["fabric", "run", "--main-port=29400", "ppo_fabric.py"]):
+        assert common.with_port(command) == command
+
+
 def test_a_speed_is_of_the_turns():
     run = throughput.Run.__new__(throughput.Run)
-    # 10 steps a second in its turns, of which the race had the last two; stopped from 3 to 5
+    # the race has its marks from 2 to 8: a second of its first turn, and its second; from 3 to 5 it was stopped
     run.is_shipped, run.turns = False, [(0.0, 3.0), (5.0, 8.0), (9.0, 11.0)]
     run.marks_printed = [(1.0, 10), (2.0, 20), (6.0, 40), (8.0, 60), (10.0, 70)]
     assert run.speed(start=1.5, end=9.5) == pytest.approx((60 - 20) / (1 + 3))
