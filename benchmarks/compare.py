@@ -106,7 +106,8 @@ def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool, list[
 
 def main(args: Args) -> None:
     table, differ, notes = compare(args.old, args.new, args.level)
-    print("\n".join(notes), file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
     print(table)
     raise SystemExit(int(differ))
 
