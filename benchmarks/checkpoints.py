@@ -9,7 +9,6 @@ to the last checkpoint. Rows go to benchmarks/results/checkpoints.jsonl; README'
 
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from common import BIN, RESULTS, ROOT, scalars, source_hash, surroundings, with_port
+from common import BIN, RESULTS, ROOT, end_children_with_us, run, scalars, source_hash, surroundings, with_port
 from learning import file_of
 
 RUNS = {
@@ -38,12 +37,11 @@ class Args:
     """runs of each command"""
 
 
-def run(command: str) -> tuple[int, int, float, float]:
+def cost(command: str) -> tuple[int, int, float, float]:
     """Checkpoints written, bytes of one, milliseconds of one, share of the time."""
     launcher, *rest = [str(ROOT / part) if part.startswith("ppo_") else part for part in command.split()]
     with tempfile.TemporaryDirectory() as folder:
-        words = with_port([str(BIN / launcher), *rest, "--eval-episodes", "0"])
-        subprocess.run(words, cwd=folder, check=True, capture_output=True)
+        run(with_port([str(BIN / launcher), *rest, "--eval-episodes", "0"]), folder)
         points = scalars(folder)
         size = next(Path(folder).rglob("*.pt")).stat().st_size
     checkpoints, start_time = points["Time/checkpoint"], points["Time/update"][0].wall_time
@@ -66,10 +64,11 @@ def table(rows: list[dict]) -> str:
 
 
 def main(args: Args) -> None:
+    end_children_with_us()
     rows = []
     for command in tqdm(RUNS.values()):
         row = {"command": command, "date": time.strftime("%Y-%m-%d"), "source_sha256": source_hash(file_of(command))}
-        counts, sizes, milliseconds, shares = zip(*(run(command) for _ in range(args.repeats)), strict=True)
+        counts, sizes, milliseconds, shares = zip(*(cost(command) for _ in range(args.repeats)), strict=True)
         row |= {"checkpoints": counts, "bytes": sizes, "milliseconds": [round(value, 2) for value in milliseconds]}
         row |= {"shares": [round(share, 6) for share in shares]} | surroundings("torch", "gymnasium", "lightning")
         rows.append(row)

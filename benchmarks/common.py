@@ -1,15 +1,19 @@
-"""What the benchmarks share: where things are, what a row says of its surroundings, and a run's TensorBoard data."""
+"""What the benchmarks share: where things are, how a command is run, what a row says, and a run's TensorBoard data."""
 
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +21,44 @@ RESULTS = ROOT / "benchmarks" / "results"
 BIN = Path(sys.executable).parent
 PYTHON = [sys.executable]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
+
+
+def end_children_with_us() -> None:
+    """From now on a SIGTERM ends whatever this process has started too, launchers' ranks included."""
+
+    def end(*_: object) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        raise SystemExit("error: terminated")
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def run(command: list[str], folder: str | Path, **environ: str) -> None:
+    """Run a command in a folder. Raises SystemExit, with all that it has printed, if it fails."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run(command, cwd=folder, env=os.environ | environ, **output)
+    if result.returncode:
+        raise SystemExit(f"{result.stdout}\nerror: exit status {result.returncode}: {as_written(command)}")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines. Raises ValueError with the line that is none, as a full disk may leave it."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no row: {error}") from error
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a file of rows anew, aside and renamed: it is whole at any time."""
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new.replace(path)
 
 
 def with_port(command: list[str]) -> list[str]:

@@ -8,10 +8,9 @@ Of each command the rows of the last source in its file count. Equal commands ar
 and a command that is new with the only one of its environment that is then left of the old file's. Welch's test of two
 figures of each run: the final greedy return, and the mean return over the steps of the whole run, which says how fast
 it learned. Being of several tests, p is adjusted (Holm 1979); the intervals of the differences are not. Exit status 1
-if any adjusted p is below `--level`.
+if any adjusted p is below `--level`, 2 if there is nothing to compare.
 """
 
-import json
 import sys
 import warnings
 from collections import defaultdict
@@ -22,6 +21,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 from scipy.stats import ttest_ind
+
+from common import read_rows
 
 
 @dataclass
@@ -35,19 +36,22 @@ class Args:
 
 
 def newest(path: Path) -> dict[tuple[str, str], list[dict]]:
-    """A file's rows by environment and command without the seed, of each command those of its last row's source."""
-    rows, groups = [json.loads(line) for line in path.read_text().splitlines()], defaultdict(list)
+    """A file's rows by environment and command without the seed, of each command those of its last row's source.
+
+    Of a seed that was run twice the last row: it is one sample.
+    """
+    rows, groups = read_rows(path), defaultdict(dict)
     keys = [(row["env_id"], row["command"].rpartition(" --seed")[0]) for row in rows]
     sources = {key: row["source_sha256"] for key, row in zip(keys, rows, strict=True)}
     for key, row in zip(keys, rows, strict=True):
         if row["source_sha256"] == sources[key]:
-            groups[key].append(row)
-    return dict(groups)
+            groups[key][row["seed"]] = row
+    return {key: list(by_seed.values()) for key, by_seed in groups.items()}
 
 
 def pairs(old: Path, new: Path) -> tuple[dict[tuple[str, str], tuple[list[dict], list[dict]]], list[str]]:
     """By environment and command of the new file the rows to compare, two seeds or more each; and what else to say."""
-    before, after, result, notes = newest(old), newest(new), {}, []
+    before, after, result, notes, partners = newest(old), newest(new), {}, [], set()
     sources = {key: [rows[key][0]["source_sha256"] for rows in (before, after)] for key in before.keys() & after.keys()}
     equal = {key for key, (one, other) in sources.items() if one != other}
     for key, rows in after.items():
@@ -62,10 +66,15 @@ def pairs(old: Path, new: Path) -> tuple[dict[tuple[str, str], tuple[list[dict],
             notes.append(f"not compared, it needs two seeds or more in both: {command}")
         else:
             result[key] = before[partner], rows
+            partners.add(partner)
             if partner != key:
                 notes.append(f"compared with {partner[1]}: {command}")
+            if len({str((row["versions"], row["cpu"])) for row in before[partner] + rows}) > 1:
+                notes.append(f"not all of the same versions and processor: {command}")
+    left = before.keys() - partners - after.keys()
+    notes += [f"not compared, {new} has nothing of it: {command}" for _, command in sorted(left)]
     if not result:
-        raise SystemExit("\n".join([*notes, f"error: {old} and {new} have nothing to compare"]))
+        raise ValueError("; ".join([*notes, f"{old} and {new} have nothing to compare"]))
     return result, notes
 
 
@@ -74,7 +83,7 @@ def figures(rows: list[dict]) -> dict[str, list[float]]:
     means = []
     for row in rows:
         steps, _, returns = np.array(row["curve"]).T
-        means.append(float(np.trapezoid(returns, steps) / (steps[-1] - steps[0])))
+        means.append(float(np.trapezoid(returns, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else returns[0])
     return {"final greedy return": [row["greedy_return"] for row in rows], "mean return of training": means}
 
 
@@ -105,7 +114,11 @@ def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool, list[
 
 
 def main(args: Args) -> None:
-    table, differ, notes = compare(args.old, args.new, args.level)
+    try:
+        table, differ, notes = compare(args.old, args.new, args.level)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     for note in notes:
         print(note, file=sys.stderr)
     print(table)

@@ -6,23 +6,37 @@
     python benchmarks/learning.py mujoco --workers 2
 
 A finished run's row, in benchmarks/results/learning/SUITE.jsonl, is not run again unless the trainer's file or the
-command has changed since. At the end prints the final greedy returns; plot.py draws the curves and writes the tables.
+command has changed since. A run that fails leaves no row; the others go on, and the exit status is 1. At the end prints
+the final greedy returns; plot.py draws the curves and writes the tables.
 """
 
 import json
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
-from common import BIN, RESULTS, ROOT, scalars, source_hash, surroundings, with_port
+from common import (
+    BIN,
+    RESULTS,
+    ROOT,
+    end_children_with_us,
+    read_rows,
+    run,
+    scalars,
+    source_hash,
+    surroundings,
+    with_port,
+    write_rows,
+)
 
 HOPPER = (
     "python ppo_torch_ddp.py --env-id Hopper-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 "
@@ -133,22 +147,23 @@ def env_id_of(command: str) -> str:
     return command.partition("--env-id ")[2].partition(" ")[0] or "CartPole-v1"
 
 
+def command_of(row: dict) -> str:
+    """The command of a row without its seed."""
+    return row["command"].rpartition(" --seed ")[0]
+
+
 def file_of(command: str) -> str:
     """The file that a command runs."""
     (file,) = [part for part in command.split() if part.endswith(".py")]
     return file
 
 
-def run(command: str, seed: int, workers: int) -> dict:
+def train(command: str, seed: int, workers: int) -> dict:
     """One run, beside others on the same cores: its returns over steps and wall time, and its greedy evaluation."""
     launcher, *rest = [str(ROOT / part) if part == file_of(command) else part for part in command.split()]
     source, start_time = source_hash(file_of(command)), time.time()
     with tempfile.TemporaryDirectory() as folder:
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        words = with_port([str(BIN / launcher), *rest, "--seed", str(seed)])
-        result = subprocess.run(words, cwd=folder, **output)
-        if result.returncode:
-            raise SystemExit(f"{result.stdout}\nerror: {command} --seed {seed} failed")
+        run(with_port([str(BIN / launcher), *rest, "--seed", str(seed)]), folder)
         points = scalars(folder)
     returns, speeds = points["Rewards/rew_avg"], points["Time/step_per_second"]
     # seconds from the launch on: starting up and compiling are in them
@@ -169,35 +184,62 @@ def run(command: str, seed: int, workers: int) -> dict:
     }
 
 
+def present_rows(path: Path, commands: Iterable[str]) -> list[dict]:
+    """The rows of these commands that are of the present trainers.
+
+    A command's last row says which source is its newest, also where that was a change which has been undone since: then
+    its present rows are moved to the file's end.
+    """
+    rows, sources = read_rows(path), {command: source_hash(file_of(command)) for command in commands}
+    last = {command_of(row): row["source_sha256"] for row in rows}
+    present = [row for row in rows if row["source_sha256"] == sources.get(command_of(row))]
+    undone = [row for row in present if row["source_sha256"] != last[command_of(row)]]
+    if undone:
+        write_rows(path, [row for row in rows if row not in undone] + undone)
+    return present
+
+
 def main(args: Args) -> None:
+    if args.workers < 1 or args.seeds < 0:
+        raise SystemExit("error: --workers must be 1 or more, --seeds 0 or more")
+    end_children_with_us()
     path = RESULTS / "learning" / f"{args.suite}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["source_sha256"] == source_hash(file_of(row["command"]))]
-    done = {row["command"] for row in rows}
     suite = {c: args.seeds or seeds for c, seeds in SUITES[args.suite].items() if args.containing in c}
     if not suite:
         raise SystemExit(f"error: no command of {args.suite} contains {args.containing}")
-    todo = [(c, s) for c, seeds in suite.items() for s in range(1, seeds + 1) if f"{c} --seed {s}" not in done]
-    lock = threading.Lock()
+    try:
+        rows = present_rows(path, SUITES[args.suite]) if path.exists() else []
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    returns = {row["command"]: row["greedy_return"] for row in rows}
+    todo = [(c, s) for c, seeds in suite.items() for s in range(1, seeds + 1) if f"{c} --seed {s}" not in returns]
+    lock, failed = threading.Lock(), []
 
-    def run_and_write(command: str, seed: int) -> None:
-        row = run(command, seed, args.workers)
+    def train_and_write(command: str, seed: int) -> None:
+        try:
+            row = train(command, seed, args.workers)
+        except SystemExit as error:
+            failed.append(f"{command} --seed {seed}")
+            tqdm.write(str(error))
+            return
         with lock, path.open("a") as file:
-            rows.append(row)
+            returns[row["command"]] = row["greedy_return"]
             file.write(json.dumps(row) + "\n")
 
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(run_and_write, *job) for job in todo]
+        jobs = [pool.submit(train_and_write, *job) for job in todo]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs)):
                 job.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # should a run have failed, or Ctrl-C ended it
+            pool.shutdown(cancel_futures=True)  # should a signal have ended it
     for command, seeds in suite.items():
-        by_seed = {row["seed"]: row["greedy_return"] for row in rows if row["command"].startswith(f"{command} --seed ")}
-        returns = [by_seed[seed] for seed in range(1, seeds + 1)]
-        print(f"{command}: {', '.join(f'{value:,.1f}' for value in returns)}; mean {statistics.mean(returns):,.1f}")
+        values = [returns[row] for s in range(1, seeds + 1) if (row := f"{command} --seed {s}") in returns]
+        if values:
+            print(f"{command}: {', '.join(f'{value:,.1f}' for value in values)}; mean {statistics.mean(values):,.1f}")
+    if failed:
+        raise SystemExit(f"error: {len(failed)} of {len(todo)} runs failed, see above: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ README's `<!-- results: ... -->` marks are written. `--check` writes nothing, an
 of date.
 """
 
-import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import learning
 import scaling
 import throughput
 import vector_envs
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, read_rows
 
 matplotlib.use("Agg")
 LEARNING = RESULTS / "learning"
@@ -167,8 +166,7 @@ def block(kind: str, *names: str) -> str:
     if kind == "compare":
         return compare.compare(*(LEARNING / f"{name}.jsonl" for name in names))[0]
     if kind in (modules := {"scaling": scaling, "checkpoints": checkpoints, "vector_envs": vector_envs}):
-        rows = (RESULTS / f"{kind}.jsonl").read_text().splitlines()
-        return modules[kind].table([json.loads(row) for row in rows])
+        return modules[kind].table(read_rows(RESULTS / f"{kind}.jsonl"))
     rows = throughput.latest(RESULTS / "throughput.jsonl")[names[0]]
     return {"throughput": throughput.table, "breakdown": throughput.breakdown}[kind](rows)
 
@@ -177,13 +175,15 @@ def rewrite(match: re.Match) -> str:
     """README's marked text with what the rows say now."""
     try:
         return f"{match[1]}{block(*match[2].split())}\n{match[3]}"
-    except (FileNotFoundError, KeyError) as error:
+    except (FileNotFoundError, LookupError, ValueError) as error:
         raise SystemExit(f"error: there are no rows for README's `results: {match[2]}`: {error}") from error
 
 
 def main(args: Args) -> None:
     old = README.read_text()
-    new = re.sub(r"(<!-- results: (.*) -->\n)(?:.*\n)*?(<!-- end of results -->)", rewrite, old)
+    new, blocks = re.subn(r"(<!-- results: (.*) -->\n)(?:(?!<!-- ).*\n)*(<!-- end of results -->)", rewrite, old)
+    if blocks == 0 or not blocks == old.count("<!-- result") == old.count("<!-- end of result"):
+        raise SystemExit("error: README.md: a mark of results is without its other one, or misspelt")
     if args.check:
         raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
     README.write_text(new)

@@ -9,15 +9,13 @@ varies at a time, around 2 ranks, 4 environments and a width of 64. Rows go to b
 """
 
 import json
-import signal
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
 import tyro
 
-from common import BIN, PYTHON, RESULTS, ROOT, as_written, source_hash, surroundings
+from common import BIN, PYTHON, RESULTS, ROOT, as_written, end_children_with_us, source_hash, surroundings
 from throughput import CARTPOLE, TCP, race
 
 FILES = ("ppo_torch_ddp.py", "ppo_fabric.py", "ppo_fabric_decoupled.py")
@@ -64,7 +62,7 @@ def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str
 
 
 def main(args: Args) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
+    end_children_with_us()
     points = [(ranks, 4, 64) for ranks in args.ranks] + [(2, num_envs, 64) for num_envs in args.num_envs]
     points += [(2, 4, width) for width in args.widths]
     hashes = {name: source_hash(name) for name in FILES}

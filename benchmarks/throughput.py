@@ -21,7 +21,6 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,7 +33,20 @@ import psutil
 import tyro
 from matplotlib import pyplot as plt
 
-from common import BIN, PYTHON, RESULTS, ROOT, TORCHRUN, as_written, scalars, source_hash, surroundings, with_port
+from common import (
+    BIN,
+    PYTHON,
+    RESULTS,
+    ROOT,
+    TORCHRUN,
+    as_written,
+    end_children_with_us,
+    read_rows,
+    scalars,
+    source_hash,
+    surroundings,
+    with_port,
+)
 
 matplotlib.use("Agg")
 FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
@@ -213,6 +225,9 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
                 for run in runs.values():
                     if run.is_running():
                         run.take_turn(turn)
+            for run in runs.values():
+                if run.process.poll():
+                    raise SystemExit(f"error: {shlex.join(run.process.args)} failed: {''.join(run.lines)}")
             end = max(run.turns[-1][1] for run in runs.values() if not run.is_running())
             for run in runs.values():  # the shipped files' logs are whole only at their end
                 run.send(signal.SIGCONT if run.is_shipped else signal.SIGKILL)
@@ -232,7 +247,7 @@ def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float],
 def main(args: Args) -> None:
     if unknown := set(args.contenders) - set(CONTENDERS):
         raise SystemExit(f"error: --contenders {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no contender is left behind
+    end_children_with_us()
     flags, contenders, peer_flags, turn = WORKLOADS[args.workload]
     turn = args.turn or turn
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
@@ -283,8 +298,7 @@ def main(args: Args) -> None:
 
 def latest(path: Path) -> dict[str, list[dict]]:
     """The newest row of each contender of each workload; those of a `--command` are for the one who raced it."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    newest = {(row["workload"], row["contender"]): row for row in rows}
+    newest = {(row["workload"], row["contender"]): row for row in read_rows(path)}
     return {w: [newest[w, c] for c in contenders if (w, c) in newest] for w, (_, contenders, *_) in WORKLOADS.items()}
 
 

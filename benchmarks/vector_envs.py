@@ -19,7 +19,18 @@ from dataclasses import dataclass
 import tyro
 from tqdm import tqdm
 
-from common import PYTHON, RESULTS, ROOT, TORCHRUN, as_written, scalars, source_hash, surroundings
+from common import (
+    PYTHON,
+    RESULTS,
+    ROOT,
+    TORCHRUN,
+    as_written,
+    end_children_with_us,
+    run,
+    scalars,
+    source_hash,
+    surroundings,
+)
 
 FILE = ROOT / "ppo_torch_ddp.py"
 # environment: its flags, the iterations of a run, and its id by --vec-env
@@ -45,7 +56,7 @@ WORKLOADS = {
         },
     ),
 }
-ENVIRON = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+PYTHONPATH = str(ROOT / "benchmarks")  # of atari_envs
 
 
 @dataclass
@@ -61,7 +72,7 @@ def stepping(env_id: str, vec_env: str, seconds: float) -> float:
     command = [*PYTHON, str(ROOT / "benchmarks" / "stepping.py"), "--env-id", env_id, "--vec-env", vec_env]
     command += ["--num-envs", "8", "--total-timesteps", "1000000000"]
     marks, output = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **output, env=ENVIRON) as process:
+    with subprocess.Popen(command, **output, env=os.environ | {"PYTHONPATH": PYTHONPATH}) as process:
         for line in process.stdout:
             marks.append((time.perf_counter(), int(line.split()[1])))
             if marks[-1][0] - marks[0][0] > seconds:
@@ -80,13 +91,14 @@ def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int)
     command = [*(TORCHRUN if ranks == 2 else PYTHON), str(FILE), "--env-id", env_id, "--vec-env", vec_env]
     command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRON)
+        run(command, folder, PYTHONPATH=PYTHONPATH)
         points = scalars(folder)["Time/step_per_second"]
     start, end = points[iterations // 4 - 1], points[-1]
     return (end.step - start.step) / (end.wall_time - start.wall_time)
 
 
 def main(args: Args) -> None:
+    end_children_with_us()
     figures = {}
     combinations = [(name, vec_env) for name, (_, _, ids) in WORKLOADS.items() for vec_env in ids]
     for name, vec_env in tqdm(combinations * args.repeats):

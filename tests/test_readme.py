@@ -52,6 +52,10 @@ def test_a_trained_agent_in_two_minutes(tmp_path):
 INLINE = re.findall(r"`((?:python|torchrun|fabric run) [^`\n]*ppo_\w+\.py[^`\n]*)`", README)
 
 
+def test_there_are_commands():
+    assert len(COMMANDS) > 20 and len(INLINE) > 20
+
+
 @pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *INLINE]))
 def test_the_flags_of_a_command_are_known(command):
     (file,) = [part for part in shlex.split(command) if part.endswith(".py")]
