@@ -116,8 +116,8 @@ def compare(old: Path, new: Path, level: float = 0.05) -> tuple[str, bool, list[
 def main(args: Args) -> None:
     try:
         table, differ, notes = compare(args.old, args.new, args.level)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, LookupError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     for note in notes:
         print(note, file=sys.stderr)

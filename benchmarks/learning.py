@@ -12,6 +12,7 @@ the final greedy returns; plot.py draws the curves and writes the tables.
 
 import json
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -188,7 +189,7 @@ def present_rows(path: Path, commands: Iterable[str]) -> list[dict]:
     """The rows of these commands that are of the present trainers.
 
     A command's last row says which source is its newest, also where that was a change which has been undone since: then
-    its present rows are moved to the file's end.
+    its present rows are moved to the file's end (not for two sweeps of a suite at once).
     """
     rows, sources = read_rows(path), {command: source_hash(file_of(command)) for command in commands}
     last = {command_of(row): row["source_sha256"] for row in rows}
@@ -221,7 +222,7 @@ def main(args: Args) -> None:
             row = train(command, seed, args.workers)
         except SystemExit as error:
             failed.append(f"{command} --seed {seed}")
-            tqdm.write(str(error))
+            tqdm.write(str(error), file=sys.stderr)
             return
         with lock, path.open("a") as file:
             returns[row["command"]] = row["greedy_return"]

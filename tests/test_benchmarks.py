@@ -148,7 +148,14 @@ def test_the_exit_status_of_a_comparison(old, new, capsys, returns, level, statu
     assert end.value.code == status and ("error: " in output.err) == (status == 2) == (not output.out)
 
 
-@pytest.mark.parametrize("text, reason", [(None, "No such file"), ('{"seed": 1}\n{"seed"', "line 2 is no row")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "No such file"),
+        ('{"seed": 1}\n{"seed"', "line 2 is no row"),
+        ('{"workload": "cartpole"}', "KeyError: 'env_id'"),
+    ],
+)
 def test_rows_that_cannot_be_read(old, tmp_path, capsys, text, reason):
     path = tmp_path / "rows.jsonl"
     if text:
@@ -203,7 +210,7 @@ def test_a_readme_that_is_out_of_date(tmp_path, monkeypatch):
         (text, None),
         (text.replace(cell, f"1{cell}"), "out of date"),
         (text.replace(end, "", 1), "a mark"),
-        (text.replace("<!-- results: pong", "<!-- result: pong").replace("results: scaling", "result"), "a mark"),
+        (text.replace("results: scaling", "result"), "a mark"),
         (text.replace("results: scaling", "results: scalings"), "no rows"),
     ):
         readme.write_text(content)
@@ -246,6 +253,7 @@ def sweep(tmp_path, monkeypatch):
     sweep = Sweep()
     monkeypatch.setattr(learning, "RESULTS", tmp_path)
     monkeypatch.setattr(learning, "train", sweep.train)
+    monkeypatch.setattr(learning, "end_children_with_us", lambda: None)  # not of pytest
     monkeypatch.setattr(learning, "source_hash", lambda _: sweep.source)
     return sweep
 
@@ -257,8 +265,8 @@ def test_a_finished_row_is_not_run_again(sweep, capsys):
     sweep.fails = lambda seed: seed in (2, 4)
     with pytest.raises(SystemExit, match=r"2 of 5 runs failed.*LunarLander.* --seed 2; .* --seed 4"):
         learning.main(LUNARLANDER)
-    output = capsys.readouterr().out
-    assert sweep.ran == [1, 3, 5] and "of seed 2" in output and "1.0, 3.0, 5.0; mean 3.0" in output
+    output = capsys.readouterr()
+    assert sweep.ran == [1, 3, 5] and "of seed 2" in output.err and "1.0, 3.0, 5.0; mean 3.0" in output.out
     del sweep.fails
     learning.main(LUNARLANDER)
     assert sweep.ran == [1, 3, 5, 2, 4] and "1.0, 2.0, 3.0, 4.0, 5.0; mean 3.0" in capsys.readouterr().out
@@ -305,7 +313,7 @@ def test_a_row_is_of_a_run():
     steps, seconds, returns = np.array(row["curve"]).T
     assert row["command"] == f"{command} --seed 3" and row["env_id"] == "CartPole-v1" and row["workers"] == 2
     assert 3500 < row["steps"] == steps[-1] < 4096 and len(steps) == 8 and (np.diff(steps) > 0).all()
-    assert 1 < seconds[0] < seconds[-1] < row["seconds"] < 100 and (np.diff(seconds) >= 0).all()
+    assert 0 < seconds[0] < seconds[-1] < row["seconds"] < 100 and (np.diff(seconds) >= 0).all()
     assert returns.min() > 8 and returns[-1] > returns[0] and 8 < row["greedy_return"] <= 500
     assert row["source_sha256"] == common.source_hash("ppo_torch_ddp.py") and row["versions"]["torch"].startswith("2.")
     with pytest.raises(SystemExit, match=r"--num-envs must be in 1 .*\s+error: exit status 1: python ppo_"):
