@@ -1,3 +1,6 @@
+import ctypes
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +11,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from launch import Command  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # it ends with the session, however that ends; 1 is PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)

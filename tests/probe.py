@@ -5,7 +5,7 @@ each update), `batches` (what each update was given), `received` (with overlap, 
 (the optimiser's count of steps after the last), `reduces` (the function that sums over the ranks), `state` (the agent's
 state_dict at the end), `cpus` (that the rank may use), `normalised` (by their size, the rows that the normalisers took
 in). On rank $BREAKS the third update raises an exception, on rank $DRIFTS it leaves other parameters and another state
-of the optimizer.
+of the optimizer. $CPUS is the number of processors that the machine appears to have.
 """
 
 import importlib.util
@@ -69,6 +69,8 @@ def probe(module) -> dict:
 
 if __name__ == "__main__":
     path, folder, *flags = sys.argv[1:]
+    if "CPUS" in os.environ:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["CPUS"])])
     module = load(path)
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))

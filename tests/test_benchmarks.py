@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -327,9 +328,9 @@ def test_a_sigterm_leaves_no_run_behind(tmp_path):
     program = Command([sys.executable, "-c", "\n".join(lines)], tmp_path, PYTHONPATH=str(ROOT / "benchmarks"))
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("events.*")):
-        assert time.monotonic() < deadline and program.process.poll() is None
+        assert time.monotonic() < deadline and program.is_running()
         time.sleep(0.1)
-    program.process.send_signal(signal.SIGTERM)
+    os.kill(program.pid, signal.SIGTERM)
     status, output = program.finish()
     assert status == 1 and output.endswith("error: terminated\n")
 

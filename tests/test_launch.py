@@ -1,10 +1,9 @@
-"""The shipped files under their real launchers."""
+"""The shipped files on many ranks; forked ones, and the real launchers where these are what is tested."""
 
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -17,30 +16,42 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_torch_ddp as ppo
-from launch import BIN, ROOT, TESTS, Command, fabric_run, free_port, run, torchrun
+from launch import (
+    BIN,
+    ROOT,
+    TESTS,
+    Command,
+    fabric_run,
+    free_port,
+    real_fabric_run,
+    real_torchrun,
+    run,
+    torchrun,
+)
 from toy_envs import PUZZLES, puzzle_flags
 
 TORCH, FABRIC, DECOUPLED = ROOT / "ppo_torch_ddp.py", ROOT / "ppo_fabric.py", ROOT / "ppo_fabric_decoupled.py"
 PROBE = TESTS / "probe.py"
 LAUNCHERS = {TORCH: torchrun, FABRIC: fabric_run, DECOUPLED: fabric_run}
+REAL_LAUNCHERS = {TORCH: real_torchrun, FABRIC: real_fabric_run, DECOUPLED: real_fabric_run}
 SLOW = pytest.mark.slow
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
 TCP = ["--tcp-all-reduce"]
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
 
 
-def run_probe(file: Path, folder: Path, *flags, ranks: int = 1) -> list[dict]:
-    """Run a file's `main` under its launcher; what probe.py noted on each rank."""
-    return run_probes((file, folder, ranks), flags=flags)[0]
+def run_probe(file: Path, folder: Path, *flags, ranks: int = 1, **env: str) -> list[dict]:
+    """Run a file's `main` on so many ranks; what probe.py noted on each."""
+    return run_probes((file, folder, ranks), flags=flags, **env)[0]
 
 
-def run_probes(*runs: tuple[Path, Path, int], flags: list) -> list[list[dict]]:
-    """The same for several (file, folder, ranks) at a time: starting leaves a core idle."""
+def run_probes(*runs: tuple[Path, Path, int], flags: list, **env: str) -> list[list[dict]]:
+    """The same for several (file, folder, ranks) at a time."""
     commands = []
     for file, folder, ranks in runs:
         folder.mkdir(exist_ok=True)
         command = [*LAUNCHERS[file](ranks), PROBE, file, folder, *flags]
-        commands.append(Command(command, cwd=folder))
+        commands.append(Command(command, cwd=folder, **env))
     for status, output in [command.finish() for command in commands]:
         assert status == 0, output
     return [[torch.load(folder / f"{rank}.pt") for rank in range(ranks)] for _, folder, ranks in runs]
@@ -223,9 +234,14 @@ def test_the_compiled_update_of_the_decoupled_file_has_the_bits_of_one_process(t
 
 @pytest.mark.parametrize("file, ranks", [(TORCH, 1), *(pytest.param(f, 2, marks=SLOW) for f in (FABRIC, DECOUPLED))])
 def test_a_compiler_that_is_missing_is_named(tmp_path, file, ranks):
-    command = Command(
-        [*LAUNCHERS[file](ranks), file, "--compile"], tmp_path, CXX="nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)
+    script = tmp_path / "script.py"  # what $CXX sets as torch is imported
+    script.write_text(
+        "import runpy, sys, torch._inductor.config as config\n"
+        "config.cpp.cxx = (None, 'nowhere')\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     )
+    command = [*LAUNCHERS[file](ranks), script, file, "--compile"]
+    command = Command(command, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     status, output = command.finish()
     assert status != 0 and "error: --compile: " in output, output
 
@@ -268,11 +284,7 @@ def test_sharing_trainers_equal_one_process_with_minibatches_of_their_sum(tmp_pa
 def test_the_times_of_player_and_trainer_explain_the_iteration(tmp_path, players, switches):
     flags = ["--total-timesteps", 10240, "--eval-episodes", 0, "--num-players", players, *switches]
     allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, allowed[:2])  # what a machine of two CPUs has
-    try:
-        notes = run_probe(DECOUPLED, tmp_path, *flags, ranks=players + 1)
-    finally:
-        os.sched_setaffinity(0, allowed)
+    notes = run_probe(DECOUPLED, tmp_path, *flags, ranks=players + 1, CPUS="2")
     cpus = [[cpu] for cpu in allowed[:2]] if switches and len(allowed) > 1 else [allowed[:2]] * (players + 1)
     assert [note["cpus"] for note in notes] == cpus  # with overlap, each of two ranks has one of its own
     (events,) = {path.parent for path in tmp_path.rglob("events.*")}
@@ -449,7 +461,7 @@ def test_normalisers_hold_the_statistics_of_all_ranks_and_make_the_evaluation(tm
 
 def test_environment_of_ones_own_with_keyword_arguments(tmp_path):
     flags = [*SMALL, "--total-timesteps", 512, "--env-id", "toy_envs:Terminated-v0", "--env-kwargs", '{"length": 7}']
-    run([sys.executable, TORCH, *flags], cwd=tmp_path)
+    run([*torchrun(1), TORCH, *flags], cwd=tmp_path)
     logs = scalars(tmp_path)
     assert {value for _, value in logs["Game/ep_len_avg"]} == {7} and logs["Test/cumulative_reward"][-1][1] == 7
 
@@ -589,7 +601,7 @@ def test_bad_input_to_the_decoupled_file(tmp_path, case):
 
 
 ONE_RANK = {
-    "python": [sys.executable],
+    "python": torchrun(1),
     "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node=1"],
     "fabric run": [BIN / "fabric", "run", "--accelerator=cpu", "--devices=1"],
 }

@@ -13,7 +13,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import BIN, ROOT, Command, free_port, run
+from launch import BIN, ROOT, Command, free_port, run, torchrun
 from test_launch import scalars
 
 README = (ROOT / "README.md").read_text()
@@ -124,7 +124,7 @@ def last_checkpoint(folder):
 def unchanged(tmp_path_factory):
     """The checkpoint of the file as it is."""
     folder = tmp_path_factory.mktemp("unchanged")
-    run([sys.executable, ROOT / "ppo_torch_ddp.py", *SHORT], cwd=folder)
+    run([*torchrun(1), ROOT / "ppo_torch_ddp.py", *SHORT], cwd=folder)
     return last_checkpoint(folder)
 
 
@@ -142,7 +142,7 @@ EFFECTS = {
 def test_a_change_of_the_torch_file_applies_and_works(tmp_path, unchanged, title, diff, command):
     (tmp_path / "ppo_torch_ddp.py").write_text((ROOT / "ppo_torch_ddp.py").read_text())
     apply(diff, tmp_path)
-    output = run([sys.executable, *command.split()[1:], *SHORT], cwd=tmp_path)
+    output = run([*torchrun(1), *command.split()[1:], *SHORT], cwd=tmp_path)
     assert "greedy return" in output
     assert EFFECTS[title](last_checkpoint(tmp_path), unchanged)
 
@@ -179,11 +179,11 @@ def test_the_recurrent_policy_remembers(tmp_path):
     (tmp_path / "cue.py").write_text(MEMORY)
     (tmp_path / "ppo_torch_ddp.py").write_text((ROOT / "ppo_torch_ddp.py").read_text())
     flags = ["--env-id", "cue:Cue-v0", "--total-timesteps", "60000", "--eval-episodes", "100"]
-    run([sys.executable, "ppo_torch_ddp.py", *flags], cwd=tmp_path, timeout=300, PYTHONPATH=str(tmp_path))
+    run([*torchrun(1), "ppo_torch_ddp.py", *flags], cwd=tmp_path, timeout=300, PYTHONPATH=str(tmp_path))
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] < 0.8
     apply(diff, tmp_path)
     folder = tmp_path / "recurrent"
     folder.mkdir()
-    command = [sys.executable, *command.replace("ppo_", "../ppo_").split()[1:], *flags]
+    command = [*torchrun(1), *command.replace("ppo_", "../ppo_").split()[1:], *flags]
     run(command, cwd=folder, timeout=600, PYTHONPATH=str(tmp_path))
     assert scalars(folder)["Test/cumulative_reward"][-1][1] > 0.95
