@@ -231,12 +231,9 @@ def is_found(mutant: Mutant, folder: Path) -> bool:
 
 
 def copy_project(folder: Path) -> None:
-    """What the tests need, without logs and environments."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    for name in names.splitlines():
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    """The files of the project, without logs and environments."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "logs", "build")
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
 
 
 def main(words: list[str]) -> int:
