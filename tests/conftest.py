@@ -12,6 +12,10 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from launch import Command  # noqa: E402
 
+# what the tests start has the signals of a terminal, also where a shell runs the tests in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:  # it ends with the session, however that ends; 1 is PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
