@@ -23,6 +23,7 @@ import tyro
 from scipy.stats import ttest_ind
 
 from common import read_rows
+from learning import command_of
 
 
 @dataclass
@@ -41,7 +42,7 @@ def newest(path: Path) -> dict[tuple[str, str], list[dict]]:
     Of a seed that was run twice the last row: it is one sample.
     """
     rows, groups = read_rows(path), defaultdict(dict)
-    keys = [(row["env_id"], row["command"].rpartition(" --seed")[0]) for row in rows]
+    keys = [(row["env_id"], command_of(row)) for row in rows]
     sources = {key: row["source_sha256"] for key, row in zip(keys, rows, strict=True)}
     for key, row in zip(keys, rows, strict=True):
         if row["source_sha256"] == sources[key]:

@@ -84,18 +84,18 @@ SUITES = {
         TORCH: 10,
         FABRIC: 10,
         f"{DECOUPLED.format(3)} --num-envs 8": 10,
-        f"{TORCH} --tcp-all-reduce {ACROBOT}": 5,
-        f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
-        f"{FABRIC} --tcp-all-reduce {LUNARLANDER.format(1_000_000, 8)}": 5,
+        f"{TORCH} --exchange tcp {ACROBOT}": 5,
+        f"{TORCH} --exchange tcp {LUNARLANDER.format(1_000_000, 8)}": 5,
+        f"{FABRIC} --exchange tcp {LUNARLANDER.format(1_000_000, 8)}": 5,
         f"{PLAYER_AND_TRAINER} --overlap {LUNARLANDER.format(1_000_000, 16)}": 5,
-        f"{TORCH} --tcp-all-reduce {PENDULUM}": 5,
-        f"{TORCH} --tcp-all-reduce --compile {BIPEDALWALKER}": 5,
+        f"{TORCH} --exchange tcp {PENDULUM}": 5,
+        f"{TORCH} --exchange tcp --compile {BIPEDALWALKER}": 5,
     },
     # for a change of algorithm, see compare.py: before and after it
-    "change": {TORCH: 5, f"{TORCH} --tcp-all-reduce {LUNARLANDER.format(500_000, 8)}": 5},
+    "change": {TORCH: 5, f"{TORCH} --exchange tcp {LUNARLANDER.format(500_000, 8)}": 5},
     "compiled": {
-        f"{TORCH} --tcp-all-reduce --compile": 5,
-        f"{TORCH} --tcp-all-reduce --compile {LUNARLANDER.format(500_000, 8)}": 5,
+        f"{TORCH} --exchange tcp --compile": 5,
+        f"{TORCH} --exchange tcp --compile {LUNARLANDER.format(500_000, 8)}": 5,
     },
     # a policy that is one update older acts in the second: README, "Players and trainers"
     "alternating": {
@@ -149,8 +149,8 @@ def env_id_of(command: str) -> str:
 
 
 def command_of(row: dict) -> str:
-    """The command of a row without its seed."""
-    return row["command"].rpartition(" --seed ")[0]
+    """The command of a row without its seed, with the name that the exchange's flag has now."""
+    return row["command"].rpartition(" --seed ")[0].replace("--tcp-all-reduce", "--exchange tcp")
 
 
 def file_of(command: str) -> str:

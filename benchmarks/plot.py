@@ -122,7 +122,7 @@ def draw(name: str) -> None:
 def label(command: str) -> str:
     """The file of a command, and which way it uses its processes."""
     (file,) = re.findall(r"ppo_\w+\.py", command)
-    return " ".join([file, *re.findall(r"--(?:tcp-all-reduce|compile|overlap)", command)])
+    return " ".join([file, *re.findall(r"--(?:exchange tcp|compile|overlap)", command)])
 
 
 def learning_table(name: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import tyro
 
 from common import BIN, PYTHON, RESULTS, ROOT, as_written, end_children_with_us, source_hash, surroundings
-from throughput import CARTPOLE, TCP, race
+from throughput import CARTPOLE, DDP, TCP, race
 
 FILES = ("ppo_torch_ddp.py", "ppo_fabric.py", "ppo_fabric_decoupled.py")
 
@@ -46,6 +46,7 @@ def commands(ranks: int, num_envs: int, width: int, iterations: int) -> dict[str
     if ranks > 1:
         for name in ("torch", "Fabric"):
             lines[f"{name}, TCP"] = [*lines[name], *TCP]
+            lines[name] += DDP
             actors[f"{name}, TCP"] = ranks
         for players in sorted({1, ranks - 1}):
             name = f"decoupled, {players} of {ranks} play, overlap"

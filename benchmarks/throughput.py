@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r requirements-extra.txt -r benchmarks/requirements.txt
     python benchmarks/throughput.py
     python benchmarks/throughput.py --workload lunarlander
+    python benchmarks/throughput.py --file my_ppo.py
     python benchmarks/throughput.py --command "python my_ppo.py --env-id CartPole-v1"
 
 One thread a process. Machines are shared and noisy, and their speed changes from second to second. So the contenders
@@ -10,7 +11,8 @@ of a race run side by side but never together: each in turn goes on for `--turn`
 signals. What counts is the ratio of two contenders in the same race, and of several races the median. A
 steps-per-second figure is environment steps (reset rows left out) over the time that the contender was let run, from
 when all have started up to when the first ends: logging is in it, starting up and compiling are not.
-Rows go to benchmarks/results/throughput.jsonl, the chart of all workloads to benchmarks/results/throughput.png.
+Rows go to benchmarks/results/throughput.jsonl, the chart of all workloads to benchmarks/results/throughput.png; a race
+with `--file` is only printed.
 """
 
 import contextlib
@@ -50,18 +52,20 @@ from common import (
 
 matplotlib.use("Agg")
 FABRIC_RUN = [str(BIN / "fabric"), "run", "--accelerator=cpu", "--devices=2"]
-TCP = ["--tcp-all-reduce"]
+DDP = ["--exchange", "ddp"]
+TCP = ["--exchange", "tcp"]
 BASE, PEER, ALONE = "torch, 1 process", "Stable-Baselines3, 1 process", "stepping alone, 1 process"
+TWO_RANKS = "torch, 2 ranks, TCP"
 # name: launcher, file, further flags
 CONTENDERS = {
     BASE: (PYTHON, "ppo_torch_ddp.py", []),
     "torch, 1 process, compiled": (PYTHON, "ppo_torch_ddp.py", ["--compile"]),
     "torch, 1 process, native vector environment": (PYTHON, "ppo_torch_ddp.py", ["--vec-env", "native"]),
     "Fabric, 1 process": (PYTHON, "ppo_fabric.py", []),
-    "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", []),
-    "torch, 2 ranks, TCP": (TORCHRUN, "ppo_torch_ddp.py", TCP),
+    "torch, 2 ranks": (TORCHRUN, "ppo_torch_ddp.py", DDP),
+    TWO_RANKS: (TORCHRUN, "ppo_torch_ddp.py", TCP),
     "torch, 2 ranks, TCP, compiled": (TORCHRUN, "ppo_torch_ddp.py", [*TCP, "--compile"]),
-    "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", []),
+    "Fabric, 2 ranks": (FABRIC_RUN, "ppo_fabric.py", DDP),
     "Fabric, 2 ranks, TCP": (FABRIC_RUN, "ppo_fabric.py", TCP),
     "Fabric, 2 ranks, TCP, compiled": (FABRIC_RUN, "ppo_fabric.py", [*TCP, "--compile"]),
     "decoupled, 1 player, 1 trainer": (FABRIC_RUN, "ppo_fabric_decoupled.py", []),
@@ -122,6 +126,12 @@ class Args:
     """the contenders to compare (default: all of the workload)"""
     command: str = ""
     """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
+    file: str = ""
+    """a copy of ppo_torch_ddp.py that was changed, or that of another commit, to race with the shipped one"""
+    ranks: Literal[1, 2] = 1
+    """processes of this file and the shipped one, two with the exchange over TCP"""
+    file_flags: str = ""
+    """further flags of this file, written --file-flags='--flag value'"""
     turn: float = 0.0
     """seconds that a contender runs before the next one does (0: what suits the workload)"""
 
@@ -129,9 +139,10 @@ class Args:
 class Run:
     """A contender's processes, stopped as soon as it shows progress; `turns` are the times at which it was let run."""
 
-    def __init__(self, command: list[str], folder: Path):
+    def __init__(self, command: list[str], folder: Path, file: str = ""):
         self.folder, self.turns, self.lines, self.marks_printed = folder, [], [], []
-        self.is_shipped = any(Path(part).name.startswith("ppo_") and ROOT in Path(part).parents for part in command)
+        shipped = [part for part in command if Path(part).name.startswith("ppo_") and ROOT in Path(part).parents]
+        self.is_shipped = bool(shipped) or file in command
         folder.mkdir()
         environ = os.environ | {"PYTHONUNBUFFERED": "1"}
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -207,13 +218,18 @@ def contender_command(name: str, flags: str, peer_flags: str = "") -> list[str]:
     return [*launcher, str(ROOT / file), *flags.split(), *extra]
 
 
-def race(commands: dict[str, list[str]], turn: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Steps per second of each contender, and the medians of a shipped file's `Time/` points in milliseconds."""
+def race(
+    commands: dict[str, list[str]], turn: float, file: str = ""
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Steps per second of each contender, and the medians of a shipped file's `Time/` points in milliseconds.
+
+    `file` logs as the shipped ones do.
+    """
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, command in commands.items():
-                runs[name] = Run(with_port(command), Path(folder) / str(len(runs)))
+                runs[name] = Run(with_port(command), Path(folder) / str(len(runs)), file)
             deadline = time.time() + 600
             while sum(run.stop_at_progress() for run in runs.values()) < len(runs):
                 if time.time() > deadline:
@@ -250,7 +266,15 @@ def main(args: Args) -> None:
     end_children_with_us()
     flags, contenders, peer_flags, turn = WORKLOADS[args.workload]
     turn = args.turn or turn
+    own_file = str(Path(args.file).resolve()) if args.file else ""
+    shipped, launcher = (TWO_RANKS, TORCHRUN) if args.ranks == 2 else (BASE, PYTHON)
+    if own_file:
+        if not Path(own_file).is_file():
+            raise SystemExit(f"error: --file {args.file}: there is no such file")
+        contenders = [shipped]
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
+    if own_file:
+        commands[args.file] = [*launcher, own_file, *flags.split(), "--eval-episodes=0", *shlex.split(args.file_flags)]
     if args.command:  # it runs in a folder of its own
         parts = [str(Path(part).resolve()) if Path(part).is_file() else part for part in shlex.split(args.command)]
         commands[args.command] = parts
@@ -263,7 +287,7 @@ def main(args: Args) -> None:
     hashes = {name: source_hash(files[-1]) if files else "" for name, files in sources.items()}
     figures = {name: [] for name in commands}
     for repeat in range(args.repeats):
-        speeds, times = race(commands, turn)
+        speeds, times = race(commands, turn, own_file)
         for name, speed in speeds.items():
             figures[name].append(speed)
         print(f"{repeat + 1}/{args.repeats}: " + ", ".join(f"{n} {x:.0f}" for n, x in speeds.items()), flush=True)
@@ -280,7 +304,7 @@ def main(args: Args) -> None:
             # its speed over another's in each race
             "times": {
                 base: [round(a / b, 3) for a, b in zip(values, figures[base], strict=True)]
-                for base in (BASE, PEER, ALONE)
+                for base in ([shipped] if own_file else [BASE, PEER, ALONE])
                 if base in figures
             },
             "milliseconds_in_last_race": times.get(name, {}),
@@ -288,6 +312,9 @@ def main(args: Args) -> None:
             "source_sha256": hashes[name],
             **machine,
         })  # fmt: skip
+    if own_file:
+        print("\n" + table(rows))
+        return
     path = RESULTS / "throughput.jsonl"
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -304,7 +331,7 @@ def latest(path: Path) -> dict[str, list[dict]]:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: medians and ranges of steps per second and of the ratios within the races."""
-    bases = [base for base in (BASE, PEER, ALONE) if any(base in row["times"] for row in rows)]
+    bases = [base for base in (BASE, PEER, ALONE, TWO_RANKS) if any(base in row["times"] for row in rows)]
     lines = [
         f"| contender | steps/s | {' | '.join(f'times {base}' for base in bases)} |",
         "| --- " * (2 + len(bases)) + "|",

@@ -89,7 +89,7 @@ def training(ranks: int, env_id: str, vec_env: str, flags: str, iterations: int)
     sizes = dict(zip(flags.split()[:4:2], map(int, flags.split()[1:4:2]), strict=True))
     steps = ranks * iterations * sizes["--num-envs"] * sizes["--num-steps"]
     command = [*(TORCHRUN if ranks == 2 else PYTHON), str(FILE), "--env-id", env_id, "--vec-env", vec_env]
-    command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0"]
+    command += [*flags.split(), "--total-timesteps", str(steps), "--eval-episodes", "0", "--exchange", "ddp"]
     with tempfile.TemporaryDirectory() as folder:
         run(command, folder, PYTHONPATH=PYTHONPATH)
         points = scalars(folder)["Time/step_per_second"]

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from twins import ROOT, SOURCE, TWINS, definitions
+from twins import DECOUPLED, ROOT, SOURCE, TWINS, definitions
 
-FABRIC, DECOUPLED = TWINS
+(FABRIC,) = TWINS
+COUPLED = (SOURCE, FABRIC)
 
 
 class Mutant(NamedTuple):
@@ -27,73 +28,87 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str
-    files: tuple[str, ...] = (SOURCE, *TWINS)
+    files: tuple[str, ...] = COUPLED
 
 
 MUTANTS = [
     Mutant(
         "truncation taken for termination",
         "collect_rollout",
-        "actions, reward, terminated\n",
-        "actions, reward, done\n",
-        "test_algorithm.py -k reset_rows_are_marked",
+        'rollout["terminations"][t] = terminations',
+        'rollout["terminations"][t] = terminations | truncations',
+        "test_algorithm.py -k reset_rows",
     ),
     Mutant(
         "termination bootstraps",
         "compute_gae",
-        " * ~terminated",
+        " * ~terminations",
         "",
         "test_algorithm.py -k gae",
     ),
     Mutant(
         "GAE's trace crosses the ends of episodes",
         "compute_gae",
-        "(~dones).to(values.dtype)",
-        "torch.ones_like(deltas)",
+        " * ~dones",
+        " * np.ones_like(deltas)",
         "test_algorithm.py -k gae",
     ),
     Mutant(
         "rows of resets are experience",
-        "collect_rollout",
-        "~dones[:-1].to(device)",
-        "torch.ones_like(~dones[:-1])",
+        "make_batch",
+        "(~dones[:-1])",
+        "(~dones[:-1] | True)",
+        "test_algorithm.py -k reset_rows",
+    ),
+    Mutant(
+        "rows of resets are in the normalisers",
+        "update_normalizers",
+        "is_valid = ~rollout",
+        "is_valid = True | ~rollout",
         "test_training.py -k reset_rows",
     ),
     Mutant(
         "the mask of missing choices is dropped",
         "Agent",
-        "+ self.padding).log_softmax",
-        ").log_softmax",
+        "*head.shape) + head}",
+        "*head.shape)}",
         "test_algorithm.py -k categorical",
     ),
     Mutant(
         "the clipped loss counts where it is the smaller",
-        "larger",
-        "loss >= clipped",
-        "loss <= clipped",
+        "ppo_loss",
+        "unclipped_loss >= clipped_loss",
+        "unclipped_loss <= clipped_loss",
+        "test_algorithm.py -k loss",
+    ),
+    Mutant(
+        "the clipped value loss counts where it is the smaller",
+        "ppo_loss",
+        "value_loss >= clipped_loss",
+        "value_loss <= clipped_loss",
         "test_algorithm.py -k loss",
     ),
     Mutant(
         "the entropy is punished",
         "ppo_loss",
-        "loss - args.ent_coef",
-        "loss + args.ent_coef",
+        'entropy_loss = -outputs["entropy"]',
+        'entropy_loss = outputs["entropy"]',
         "test_algorithm.py -k loss",
     ),
     Mutant(
         "the normalisers forget the variance between batches",
-        "Normalizer",
-        "self.squares.add_(squares - deviations.square() / self.count)",
-        "self.squares.add_(squares)",
+        "RunningMeanStd",
+        "new_squares - deviations**2 / count",
+        "new_squares",
         "test_algorithm.py -k statistics",
     ),
     Mutant(
         "the normalisers learn in evaluation",
         "evaluate",
-        "        actions = agent.act(",
-        "        for normalizer in agent.normalizers.values():\n"
-        "            normalizer.merge(normalizer.sums(obs[:, : normalizer.count.numel()]))\n"
-        "        actions = agent.act(",
+        "        returns += np.where",
+        "        if agent.obs_rms:\n"
+        "            agent.obs_rms.update(torch.as_tensor(obs), lambda tensor: tensor)\n"
+        "        returns += np.where",
         "test_launch.py -k normalisers",
     ),
     Mutant(
@@ -106,8 +121,8 @@ MUTANTS = [
     Mutant(
         "a checkpoint is written in place",
         "save_checkpoint",
-        'f"{folder}/incomplete"',
-        "path",
+        'with open(f"{folder}/incomplete", "wb")',
+        'with open(f"{folder}/{name}.pt", "wb")',
         "test_checkpoints.py -k writer_killed",
     ),
     Mutant(
@@ -119,25 +134,38 @@ MUTANTS = [
     ),
     Mutant(
         "the optimizer starts anew on resume",
-        "restore",
-        "    if optimizer:",
-        "    if False:",
+        "main",
+        '{"state": state["optimizer"]["state"]}',
+        "{}",
         "test_checkpoints.py -k stopped_and_resumed",
     ),
     Mutant(
         "a lost run's logs stay",
-        "truncate_logs",
-        ".step > global_step",
-        ".step > 10**9",
+        "Log",
+        "purge_step=global_step + 1 if global_step else None",
+        "purge_step=None",
         "test_checkpoints.py -k costs_no_more",
     ),
     Mutant(
+        "what is not finite goes on",
+        "check_finite",
+        "if not finite.all():",
+        "if False:",
+        "test_algorithm.py -k not_finite",
+    ),
+    Mutant(
         "each rank normalises its own advantages",
-        "main",
-        "sums = [all_reduce(tensor) for tensor in sums]",
-        "sums = [world_size * tensor for tensor in sums]",
-        "test_launch.py -k different_rollouts",
-        (SOURCE, FABRIC),
+        "normalize",
+        'numbers["advantages"].sum() / rows',
+        'numbers["advantages"][0] / numbers["rows"][0]',
+        "test_algorithm.py -k numbers_of_a_rollout",
+    ),
+    Mutant(
+        "ranks with fewer rows weigh the same",
+        "shuffle",
+        "counts[:, None]",
+        "counts[:1, None] + 0 * counts[:, None]",
+        "test_algorithm.py -k weigh_less",
     ),
     Mutant(
         "the same environments on all ranks",
@@ -145,61 +173,87 @@ MUTANTS = [
         "args.seed + rows + rank * args.num_envs",
         "args.seed + rows",
         "test_launch.py -k no_seed_twice",
-        (SOURCE, FABRIC),
     ),
     Mutant(
         "the same actions' noise on all ranks",
         "main",
-        "stream_seeds[2 * rank]",
-        "stream_seeds[0]",
+        "(args.seed, rows, 0, rank)",
+        "(args.seed, rows, 0, 0)",
         "test_launch.py -k stop_together",
-        (SOURCE, FABRIC),
     ),
     Mutant(
         "ranks that share rows shuffle them differently",
         "main",
-        "stream_seeds[1 if args.share_data else 2 * rank + 1]",
-        "stream_seeds[2 * rank + 1]",
+        "0 if args.share_data else rank))",
+        "rank))",
         "test_launch.py -k sharing_ranks",
-        (SOURCE, FABRIC),
     ),
     Mutant(
         "gradients are not exchanged over TCP",
-        "update",
-        "flat.grad = all_reduce(flat.grad).div_(world_size)",
+        "make_train_step",
+        "grad.copy_(all_reduce(grad) / world_size)",
         "pass",
         "test_launch.py -k over_tcp",
-        (SOURCE,),
     ),
     Mutant(
         "DDP does not wrap the model",
         "main",
-        "DistributedDataParallel(agent) if world_size > 1 and not args.tcp_all_reduce else agent",
+        "DistributedDataParallel(agent) if uses_ddp else agent",
         "agent",
-        "test_launch.py -k different_rollouts",
+        "test_launch.py -k over_tcp",
         (SOURCE,),
     ),
     Mutant(
         "each rank decides on the KL divergence",
         "update",
-        "all_reduce(torch.stack(metrics[start:])[:, 3].mean()) / world_size",
-        "torch.stack(metrics[start:])[:, 3].mean()",
+        'gather({"approx_kl": approx_kl})["approx_kl"].mean()',
+        "approx_kl",
         "test_algorithm.py -k of_all_ranks",
-        (SOURCE, FABRIC),
+    ),
+    Mutant(
+        "a layer is trained and does not act",
+        "Agent",
+        "self.policy(self.actor(features), self.head())",
+        "self.policy(self.actor(features) * 1.01, self.head())",
+        "test_algorithm.py -k acting_and_training",
+    ),
+    Mutant(
+        "a frozen network is trained",
+        "make_optimizer",
+        "if p.requires_grad",
+        "if True",
+        "test_training.py -k frozen",
+    ),
+    # the first form of the decoupled file
+    Mutant(
+        "truncation taken for termination, decoupled",
+        "collect_rollout",
+        "actions, reward, terminated\n",
+        "actions, reward, done\n",
+        "test_decoupled.py -k reset_rows_are_marked",
+        (DECOUPLED,),
     ),
     Mutant(
         "overlap forgets who acted",
         "recenter",
         "    log_probs, _, _ = agent(",
         "    return\n    log_probs, _, _ = agent(",
-        "test_algorithm.py -k lags_behind",
+        "test_decoupled.py -k lags_behind",
+        (DECOUPLED,),
+    ),
+    Mutant(
+        "each trainer decides on the KL divergence",
+        "update",
+        "                group.all_reduce(approx_kl)",
+        "                pass",
+        "test_decoupled.py -k of_all_ranks",
         (DECOUPLED,),
     ),
     Mutant(
         "a twin is edited",
         "compute_gae",
-        "gamma * lam",
-        "lam * gamma",
+        "gamma * gae_lambda",
+        "gae_lambda * gamma",
         "test_twins.py",
         (FABRIC,),
     ),

@@ -1,11 +1,9 @@
 """Run a shipped file's `main` and save what its `update` saw and made: `probe.py FILE FOLDER [FLAGS]`.
 
 FOLDER/RANK.pt then holds a dictionary: `before` and `after` (the parameters as one vector, before the first and after
-each update), `batches` (what each update was given), `received` (with overlap, the same before `recenter`), `steps`
-(the optimiser's count of steps after the last), `reduces` (the function that sums over the ranks), `state` (the agent's
-state_dict at the end), `cpus` (that the rank may use), `normalised` (by their size, the rows that the normalisers took
-in). On rank $BREAKS the third update raises an exception, on rank $DRIFTS it leaves other parameters and another state
-of the optimizer. $CPUS is the number of processors that the machine appears to have.
+each update), `batches` (what each update was given), `rows` and `weights` (of the minibatches of each first epoch),
+`steps` (the optimizer's count after the last), `exchange` (of gradients), `state` (the agent's state_dict at the end),
+`normalised` (by their size, the rows that the normalisers took in), `seeds` (of the environments).
 """
 
 import importlib.util
@@ -25,57 +23,61 @@ def load(path: str):
 
 
 def probe(module) -> dict:
-    """Wrap the module's `update` and `recenter` to note what they get and make in the dictionary returned."""
-    notes = {"before": None, "after": [], "batches": [], "received": [], "normalised": {}, "steps": 0}
-    update, recenter = module.update, getattr(module, "recenter", None)
+    """Wrap functions of the module to note what they get and make in the dictionary returned."""
+    notes = {"before": None, "after": [], "batches": [], "rows": [], "weights": [], "normalised": {}, "seeds": []}
+    update, make_optimizer, choose_exchange = module.update, module.make_optimizer, module.choose_exchange
+    make_envs, normalise = module.make_envs, module.RunningMeanStd.update
 
-    def vector(model):
-        return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    def vector():
+        return torch.nn.utils.parameters_to_vector(notes["agent"].parameters()).detach().clone()
 
-    def noting_update(model, optimizer, batch, *rest):
+    def noting_update(batch, train_step, minibatches, *rest):
         if notes["before"] is None:
-            notes["before"] = vector(model)
-        if len(notes["after"]) == 2 and "BREAKS" in os.environ and os.environ["BREAKS"] == os.environ["RANK"]:
-            raise RuntimeError("the update broke")
+            notes["before"] = vector()
         notes["batches"].append({name: tensor.clone() for name, tensor in batch.items()})
-        result = update(model, optimizer, batch, *rest)
-        if len(notes["after"]) == 2 and os.environ.get("DRIFTS", "none") == os.environ.get("RANK"):
-            next(model.parameters()).data += 1e-3
-            next(iter(optimizer.state.values()))["exp_avg"] += 1e-3
-        notes["after"].append(vector(model))
-        notes["reduces"] = getattr(rest[3], "func", rest[3])
-        notes["steps"] = int(next(iter(optimizer.state.values()))["step"])
-        notes["model"] = model
+        shuffles = []
+
+        def noting_minibatches():
+            shuffles.append(minibatches())
+            return shuffles[-1]
+
+        result = update(batch, train_step, noting_minibatches, *rest)
+        notes["after"].append(vector())
+        rows, weights = shuffles[0]
+        notes["rows"].append(torch.from_numpy(rows.copy()))
+        notes["weights"].append(torch.from_numpy(weights.copy()))
+        (state, *_) = notes["optimizer"].state.values()
+        notes["steps"] = int(state["step"])
         return result
 
-    def noting_recenter(agent, batch):
-        notes["received"].append({name: tensor.clone() for name, tensor in batch.items()})
-        recenter(agent, batch)
+    def noting_optimizer(agent, args):
+        notes["agent"] = agent
+        made = make_optimizer(agent, args)
+        notes["optimizer"], _ = made
+        return made
 
-    class NotingAgent(module.Agent):
-        def __init__(self, *args):
-            super().__init__(*args)
-            notes["agent"] = self
+    def noting_exchange(*args):
+        notes["exchange"] = choose_exchange(*args)
+        return notes["exchange"]
 
-    class NotingNormalizer(module.Normalizer):
-        def sums(self, rows):
-            notes["normalised"].setdefault(rows.shape[1], []).append(rows.clone())
-            return super().sums(rows)
+    def noting_envs(args, num_envs, seed, *rest):
+        notes["seeds"] += range(seed, seed + num_envs)
+        return make_envs(args, num_envs, seed, *rest)
 
-    module.update, module.recenter = noting_update, noting_recenter
-    module.Agent, module.Normalizer = NotingAgent, NotingNormalizer
+    def noting_normaliser(self, rows, all_reduce):
+        notes["normalised"].setdefault(rows.shape[1], []).append(rows.clone())
+        return normalise(self, rows, all_reduce)
+
+    module.update, module.make_optimizer, module.choose_exchange = noting_update, noting_optimizer, noting_exchange
+    module.make_envs, module.RunningMeanStd.update = noting_envs, noting_normaliser
     return notes
 
 
 if __name__ == "__main__":
     path, folder, *flags = sys.argv[1:]
-    if "CPUS" in os.environ:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["CPUS"])])
     module = load(path)
     notes = probe(module)
     module.main(tyro.cli(module.Args, args=flags))
-    notes.pop("model", None)
-    notes["reduces"] = getattr(notes.pop("reduces", None), "__name__", "")
-    notes["cpus"] = sorted(os.sched_getaffinity(0))
     notes["state"] = notes.pop("agent").state_dict()
+    del notes["optimizer"]
     torch.save(notes, os.path.join(folder, f"{os.environ.get('RANK', 0)}.pt"))

@@ -234,6 +234,11 @@ def test_figures_are_of_the_newest_source(tmp_path, monkeypatch):
         plot.runs("change")
 
 
+def test_rows_of_the_exchange_by_its_former_flag_are_found(old):
+    write(old, [1.0, 2.0], source="old", command=f"{COMMAND} --tcp-all-reduce --compile")
+    assert ("CartPole-v1", f"{COMMAND} --exchange tcp --compile") in compare.newest(old)
+
+
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """What has been run by `learning.main`, whose runs are of `source` and fail if `fails` says so of their seed."""
@@ -317,7 +322,7 @@ def test_a_row_is_of_a_run():
     assert 0 < seconds[0] < seconds[-1] < row["seconds"] < 100 and (np.diff(seconds) >= 0).all()
     assert returns.min() > 8 and returns[-1] > returns[0] and 8 < row["greedy_return"] <= 500
     assert row["source_sha256"] == common.source_hash("ppo_torch_ddp.py") and row["versions"]["torch"].startswith("2.")
-    with pytest.raises(SystemExit, match=r"--num-envs must be in 1 .*\s+error: exit status 1: python ppo_"):
+    with pytest.raises(SystemExit, match=r"--num-envs must be at least 1\s(?s:.*)error: exit status 1: python ppo_"):
         learning.train("python ppo_torch_ddp.py --num-envs 0", seed=3, workers=1)
 
 
@@ -364,3 +369,21 @@ def test_a_race_ends_with_the_first_but_not_with_a_crash(end, failed):
     else:
         speeds, _ = throughput.race(commands, turn=0.1)
         assert all(20 < speed < 200 for speed in speeds.values())
+
+
+@pytest.mark.parametrize("ranks, contender", [(1, "torch, 1 process"), (2, "torch, 2 ranks, TCP")])
+def test_a_race_of_a_changed_file_with_the_shipped_one(tmp_path, monkeypatch, capsys, ranks, contender):
+    """One that sleeps in each iteration is slower, whatever its name."""
+    sizes = "--num-envs 4 --num-steps 128 --update-epochs 1 --per-rank-batch-size 128 --total-timesteps 16384"
+    monkeypatch.setitem(throughput.WORKLOADS, "cartpole", (sizes, [], "", 0.3))
+    monkeypatch.setattr(throughput, "RESULTS", tmp_path)  # nothing is to be written there
+    source = (ROOT / "ppo_torch_ddp.py").read_text()
+    first = '    obs = rollout["obs"]\n'
+    assert first in source
+    mine = tmp_path / "mine.py"
+    mine.write_text(source.replace(first, f"    time.sleep(0.1 * args.keep_checkpoints)\n{first}", 1))
+    throughput.main(throughput.Args(repeats=1, file=str(mine), ranks=ranks, file_flags="--keep-checkpoints 1"))
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in table] == [f"| {contender}", f"| {mine}"]
+    assert [0.02 < float(row.split(" | ")[2].split()[0]) < 0.7 for row in table] == [False, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

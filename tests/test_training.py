@@ -2,9 +2,9 @@
 
 from copy import deepcopy
 from functools import partial
-from itertools import product
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical
@@ -19,8 +19,9 @@ from toy_envs import PUZZLES, puzzle_flags
 def run_main(tmp_path, monkeypatch):
     """Run `main` in this process, in an empty folder; returns what probe.py notes."""
     monkeypatch.chdir(tmp_path)
-    for name in ("update", "Agent", "Normalizer"):
+    for name in ("update", "make_optimizer", "choose_exchange", "make_envs"):
         monkeypatch.setattr(ppo, name, getattr(ppo, name))  # the probe's wrapping ends with the test
+    monkeypatch.setattr(ppo.RunningMeanStd, "update", ppo.RunningMeanStd.update)
     monkeypatch.setattr(ppo, "catch_signals", list)  # Ctrl-C is for pytest
 
     def run(**flags):
@@ -35,95 +36,114 @@ def test_values_bootstrap_from_truncation_and_not_from_termination(run_main):
     """Pays 1 a step for 10 steps: worth 1 / (1 - gamma) if truncated, the sum of the steps left if terminated."""
     flags = {"num_envs": 8, "num_steps": 32, "gamma": 0.9, "learning_rate": 3e-3, "total_timesteps": 60_000}
     flags["per_rank_batch_size"] = 128
-    critic = run_main(env_id="toy_envs:Truncated-v0", eval_episodes=0, **flags)["model"].critic
+    critic = run_main(env_id="toy_envs:Truncated-v0", eval_episodes=0, **flags)["agent"].critic
     assert critic(torch.ones(1, 1)).item() == pytest.approx(10.0, abs=0.2)
-    critic = run_main(env_id="toy_envs:Terminated-v0", eval_episodes=0, **flags)["model"].critic
+    critic = run_main(env_id="toy_envs:Terminated-v0", eval_episodes=0, **flags)["agent"].critic
     for steps in range(10):
         finite_sum = (1 - 0.9 ** (10 - steps)) / (1 - 0.9)
         assert critic(torch.tensor([[steps / 10]])).item() == pytest.approx(finite_sum, abs=0.2)
 
 
+@pytest.mark.parametrize("flags", ["total_timesteps=511", "per_rank_batch_size=1025"])
+def test_bad_sizes_of_a_run_are_named_in_one_line(run_main, flags):
+    name, value = flags.split("=")
+    with pytest.raises(SystemExit) as error:
+        run_main(**{name: int(value)})
+    flag = f"--{name.replace('_', '-')} {value}"
+    assert error.value.code.startswith("error: ") and f"{flag} " in error.value.code and "\n" not in error.value.code
+
+
 def test_first_minibatch_is_on_policy_and_advantages_are_normalised(run_main):
     notes = run_main(total_timesteps=1024, eval_episodes=0)
+    for batch, weights in zip(notes["batches"], notes["weights"], strict=True):
+        assert weights.shape[0] * weights.shape[1] == 512  # minibatches of one size
+        dealt = weights > 0
+        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+        assert dealt.sum() < 512 and len(batch["advantages"]) == 512
     batch = notes["batches"][0]
-    valid = batch["valid"]
-    assert valid.any() and not valid.all()
-    advantages = batch["advantages"][valid]
-    assert advantages.mean().abs() < 1e-4 and (advantages.std(correction=0) - 1).abs() < 1e-3
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), ppo.Args())
     torch.nn.utils.vector_to_parameters(notes["before"], agent.parameters())
     with torch.no_grad():
-        ratio = (agent(batch["obs"], batch["actions"])[0] - batch["log_probs"]).exp()
+        ratio = (agent(batch)["logprobs"] - batch["logprobs"]).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
 
 
-@pytest.mark.parametrize(
-    "action_space, clip_vloss, ent_coef",
-    [
-        (gym.spaces.MultiDiscrete([3, 2]), True, 0.01),
-        (gym.spaces.Box(-1, 1, (2,)), True, 0.01),
-        (gym.spaces.Box(-1, 1, (2,)), False, 0.0),  # as many parameters as the one before: nothing of that is reused
-    ],
-    ids=["MultiDiscrete", "Box", "other arguments"],
-)
-def test_the_compiled_gradient_is_that_of_the_loss(action_space, clip_vloss, ent_coef):
-    args = ppo.Args(clip_vloss=clip_vloss, ent_coef=ent_coef, compile=True)
+SPACES = [(gym.spaces.MultiDiscrete([3, 2]), True), (gym.spaces.Box(-1, 1, (2,)), False)]
+
+
+def make_minibatch(agent: ppo.Agent, args: ppo.Args, rows: int = 64) -> dict:
+    names = ("logprobs", "values", "advantages", "returns")
+    minibatch = {name: torch.randn(rows) for name in names} | {"obs": torch.randn(rows, 3)}
+    actions = torch.randint(2, (rows, agent.num_actions)) if agent.is_discrete else torch.randn(rows, agent.num_actions)
+    return minibatch | {"actions": actions, "weights": torch.rand(rows) / rows}
+
+
+@pytest.mark.parametrize("action_space, clip_vloss", SPACES, ids=["MultiDiscrete", "Box"])
+def test_the_compiled_gradient_is_that_of_the_loss_and_of_no_frozen_layer(action_space, clip_vloss):
+    """Also with a frozen layer, parameters in another order, and coefficients that change."""
+    args = ppo.Args(clip_vloss=clip_vloss, ent_coef=0.01)
     agent = ppo.Agent(VECTOR, action_space, args)
     agent.unpicklable = lambda obs: obs  # someone's own agent may have such
-    flat = ppo.flatten_parameters(agent)
-    cut = {"num_minibatches": 3, "generator": torch.Generator(), "part": 0, "num_parts": 1}
-    batch = ppo.batch_like(agent, 64)
-    for name in batch.keys() - {"actions", "valid"}:
-        batch[name].normal_()
-    batch["valid"][::2] = True
-    optimizer = ppo.make_optimizer(flat, args)
-    gradient, _ = ppo.compile_update(agent, flat, optimizer, batch, partial(ppo.shuffle, **cut), args)
-    for rows, weight in ppo.shuffle(batch, **cut):  # of 21 and of 22 rows
-        minibatch = ppo.take(batch, rows, weight)
-        loss, means = ppo.ppo_loss(*agent(minibatch["obs"], minibatch["actions"]), minibatch, args)
+    agent.actor[0].requires_grad_(False)
+    _, flat = ppo.make_optimizer(agent, args)
+    assert len(flat) == sum(p.numel() for p in agent.parameters()) - 4 * 64
+    minibatch = make_minibatch(agent, args)
+    gradient = ppo.compile_gradient(agent, args)
+    for ent_coef, clip_coef in ((0.01, 0.2), (0.5, 0.01)):
+        args.ent_coef, args.clip_coef = ent_coef, clip_coef
+        loss, metrics = ppo.ppo_loss(agent(minibatch), minibatch, args)
         flat.grad.zero_()
         loss.backward()
-        compiled, (compiled_loss, compiled_means) = gradient(flat.detach(), batch, rows, weight)
+        compiled, compiled_metrics = gradient(flat, minibatch)
         torch.testing.assert_close(compiled, flat.grad, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(compiled_loss, loss.detach(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(compiled_means, means, atol=1e-5, rtol=1e-4)
+        assert compiled_metrics.keys() == metrics.keys()
+        for name, metric in metrics.items():
+            torch.testing.assert_close(compiled_metrics[name], metric, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is None for p in agent.actor[0].parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_a_compiled_update_is_the_eager_one(optimizer):
-    """Of two, the second from a checkpoint of the first and with another learning rate; either one compiled or not."""
-    kwargs = {"optimizer": optimizer, "max_grad_norm": 0.2, "per_rank_batch_size": 16, "update_epochs": 2}
-    cut = {"num_minibatches": 4, "part": 0, "num_parts": 1}
-    batch = ppo.batch_like(ppo.Agent(VECTOR, gym.spaces.Discrete(3), ppo.Args()), 64)
-    for name in batch.keys() - {"actions", "valid"}:
-        batch[name].normal_()
-    batch["valid"][1:] = True
-    results = []
-    for compiles in product([False, True], repeat=2):
-        torch.manual_seed(0)
-        state, result = None, []
-        for compile, learning_rate in zip(compiles, (1e-2, 3e-3), strict=True):
-            args = ppo.Args(compile=compile, **kwargs)
-            agent = ppo.Agent(VECTOR, gym.spaces.Discrete(3), args)
-            flat = ppo.flatten_parameters(agent)
-            made = ppo.make_optimizer(flat, args)
+def test_updates_are_those_of_plain_torch(optimizer):
+    """Of two, the second from a checkpoint of the first and with another learning rate; both compiled or not."""
+    args = ppo.Args(optimizer=optimizer, max_grad_norm=0.2, update_epochs=2)
+    torch.manual_seed(0)
+    start = ppo.Agent(VECTOR, gym.spaces.Discrete(3), args)
+    batch = make_minibatch(start, args, rows=64)
+    del batch["weights"]
+    deal = partial(ppo.shuffle, np.arange(64) > 0, np.array([63]), 4, 0, 1)
+
+    reference = deepcopy(start)
+    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.RMSprop
+    plain, rng = kind(reference.parameters(), args.learning_rate, eps=1e-5), np.random.default_rng(2)
+    for learning_rate in (1e-2, 3e-3):
+        plain.param_groups[0]["lr"] = learning_rate
+        for _ in range(args.update_epochs):
+            for rows, weights in zip(*deal(rng), strict=True):
+                minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+                minibatch["weights"] = torch.from_numpy(weights)
+                loss, _ = ppo.ppo_loss(reference(minibatch), minibatch, args)
+                plain.zero_grad()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), args.max_grad_norm)
+                assert norm > args.max_grad_norm
+                plain.step()
+    expected = torch.nn.utils.parameters_to_vector(reference.parameters())
+
+    for compile_ in (False, True):
+        args.compile = compile_
+        agent, state, rng = deepcopy(start), None, np.random.default_rng(2)
+        for learning_rate in (1e-2, 3e-3):
+            agent = deepcopy(agent)
+            made, flat = ppo.make_optimizer(agent, args)
             if state:
-                ppo.restore(state, agent, made)
-            before = flat.detach().clone()
-            minibatches = partial(ppo.shuffle, generator=torch.Generator().manual_seed(1), **cut)
-            compiled = ppo.compile_update(agent, flat, made, batch, minibatches, args) if compile else None
-            assert flat.equal(before)  # compiling is no step
+                made.load_state_dict(made.state_dict() | {"state": state})
             made.param_groups[0]["lr"] = learning_rate
-            minibatches = partial(ppo.shuffle, generator=torch.Generator().manual_seed(2), **cut)
-            means = ppo.update(agent, made, batch, args, minibatches, compiled, None, 1)
-            assert means[-1] > args.max_grad_norm  # so that the gradient is clipped
-            state = {"agent": deepcopy(agent.state_dict()), "optimizer": deepcopy(made.state_dict())}
-            result += [means, flat.detach(), *state["optimizer"]["state"][0].values()]
-        assert state["optimizer"]["state"][0]["step"] == 2 * 2 * 4
-        results.append(result)
-    for result in results[1:]:
-        for compiled, eager in zip(result, results[0], strict=True):
-            torch.testing.assert_close(compiled, eager, atol=1e-4 * eager.abs().max().item(), rtol=1e-4)
+            train_step = ppo.make_train_step(agent, agent, made, flat, None, 1, args)
+            metrics = ppo.update(batch, train_step, partial(deal, rng), None, args)
+            assert metrics["grad_norm"] > args.max_grad_norm
+            state = deepcopy(made.state_dict()["state"])
+        assert state[0]["step"] == 2 * 2 * 4
+        torch.testing.assert_close(flat, expected.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_target_kl_ends_the_update(run_main):
@@ -137,10 +157,10 @@ def test_every_kind_of_space_is_learned(run_main, name):
     """The right action depends on the observation: who sees or does only a part of it cannot come this near to 10."""
     notes = run_main(num_envs=8, eval_episodes=0, **puzzle_flags(name))
     args = ppo.Args(env_id=f"toy_envs:{name}-v0", eval_episodes=20)
-    agent = notes["model"]
-    assert ppo.evaluate(agent, args, seed=100).mean() >= (9.2 if "Box" in name else 9.8)
+    agent = notes["agent"]
+    assert ppo.evaluate(agent, args).mean() >= (9.2 if "Box" in name else 9.8)
     torch.nn.init.zeros_(agent.actor[-1].weight)  # a head that does not see what is shown
-    assert ppo.evaluate(agent, args, seed=100).mean() < 8
+    assert ppo.evaluate(agent, args).mean() < 8
 
 
 def test_reset_rows_stay_out_of_the_statistics(run_main):
@@ -148,7 +168,7 @@ def test_reset_rows_stay_out_of_the_statistics(run_main):
     notes = run_main(env_id="toy_envs:Terminated-v0", normalize_obs=True, total_timesteps=1024, eval_episodes=0)
     rows = torch.cat(notes["normalised"][1])
     assert sorted(rows.unique().tolist()) == pytest.approx([step / 10 for step in range(10)])
-    torch.testing.assert_close(notes["agent"].normalizers["raw_obs"].mean[0], rows.double().mean())
+    torch.testing.assert_close(notes["agent"].obs_rms.mean[0].double(), rows.double().mean())
 
 
 def test_one_epoch_of_one_minibatch_is_a2c(run_main):
@@ -168,3 +188,41 @@ def test_one_epoch_of_one_minibatch_is_a2c(run_main):
     after = torch.nn.utils.parameters_to_vector(agent.parameters())
     torch.testing.assert_close(notes["after"][0], after, atol=1e-6, rtol=1e-5)
     assert not torch.equal(notes["before"], notes["after"][0])
+
+
+@pytest.mark.parametrize("compile_", [False, True], ids=["eager", "compiled"])
+def test_groups_of_parameters_have_learning_rates_of_their_own(monkeypatch, run_main, compile_):
+    """The groups as for any optimizer of torch; the critic's rate is 0, and a frozen layer is in no group."""
+
+    class OtherAgent(ppo.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.actor[0].requires_grad_(False)
+
+    monkeypatch.setattr(ppo, "Agent", OtherAgent)
+    source = ppo.make_optimizer
+    monkeypatch.setattr(ppo, "make_optimizer", with_groups(source))
+    notes = run_main(total_timesteps=1024, eval_episodes=0, compile=compile_)
+    before, after = (deepcopy(notes["agent"]) for _ in range(2))
+    torch.nn.utils.vector_to_parameters(notes["before"], before.parameters())
+    torch.nn.utils.vector_to_parameters(notes["after"][-1], after.parameters())
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new) == (name.startswith("critic") or name.startswith("actor.0")), name
+    rates = [group["lr"] for group in notes["optimizer"].param_groups]
+    assert rates == [0.0, pytest.approx(1e-3 / 2)]  # annealed, the second of two iterations
+
+
+def with_groups(source):
+    """`make_optimizer` with the line that a hacker writes in place of the shipped one."""
+    import inspect
+
+    text = inspect.getsource(source)
+    line = '    groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]\n'
+    assert line in text
+    new = (
+        '    groups = [{"params": list(agent.critic.parameters()), "lr": 0.0}]\n'
+        '    groups += [{"params": [p for p in agent.actor.parameters() if p.requires_grad]}]\n'
+    )
+    scope = {}
+    exec(text.replace(line, new), vars(ppo), scope)
+    return scope["make_optimizer"]

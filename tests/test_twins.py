@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from launch import ROOT
-from twins import MAY_DIFFER, SOURCE, TWINS, definitions, differences, fix, flags_table, with_tables
+from twins import DECOUPLED, MAY_DIFFER, SOURCE, TWINS, definitions, differences, fix, flags_table, with_tables
 
 TEXT = (ROOT / SOURCE).read_text()
 
@@ -25,11 +25,12 @@ def test_shared_definitions_are_identical(name):
 @pytest.mark.parametrize(
     "old, new, found",
     [
-        ("deltas.flip(0)", "deltas", "compute_gae"),
+        ("reversed(range(len(deltas)))", "range(len(deltas))", "compute_gae"),
         ("gamma: float = 0.99", "gamma: float = 0.98", "Args.gamma"),
         ("# discount factor", "# discount", "Args.gamma"),
         ("seed: int = 1", "seed: float = 1", "Args.seed"),
-        ("@torch.inference_mode()\ndef collect_rollout", "def collect_rollout", "collect_rollout"),
+        ("@torch.no_grad()\ndef make_batch", "def make_batch", "make_batch"),
+        ("CHUNK = 4096", "CHUNK = 2048", "CHUNK"),
     ],
 )
 def test_a_planted_difference_is_found_and_fixed(old, new, found):
@@ -49,14 +50,14 @@ def test_the_diff_of_the_coupled_files_stays_short():
     output = subprocess.run(["diff", SOURCE, "ppo_fabric.py"], cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout
     changed = [line for line in output.splitlines() if line[0] in "<>"]
     hunks = [line for line in output.splitlines() if line[0].isdigit()]
-    assert len(hunks) <= 19 and 0 < len(changed) <= 100, (len(hunks), len(changed))
+    assert len(hunks) <= 19 and 0 < len(changed) <= 90, (len(hunks), len(changed))
 
 
 def test_the_readme_shows_the_diff_and_the_flags():
     readme = (ROOT / "README.md").read_text()
     assert readme == with_tables(readme)
     assert "<pre>loss.backward()</pre></td><td><pre>fabric.backward(loss)</pre>" in readme
-    for name in (SOURCE, *TWINS):
+    for name in (SOURCE, *TWINS, DECOUPLED):
         fields = [field.name for field in dataclasses.fields(importlib.import_module(name.removesuffix(".py")).Args)]
         table = flags_table({name: (ROOT / name).read_text()})
         assert re.findall(r"^\| `--([\w-]+)", table, re.MULTILINE) == [field.replace("_", "-") for field in fields]

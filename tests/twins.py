@@ -17,10 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "ppo_torch_ddp.py"
-TWINS = ("ppo_fabric.py", "ppo_fabric_decoupled.py")
+TWINS = ("ppo_fabric.py",)
+# it has the form that the others were rebuilt from, and is compared with them once it is rebuilt as well
+DECOUPLED = "ppo_fabric_decoupled.py"
 MAY_DIFFER = {
-    "update": "Fabric runs the backward pass, the clipping and the reduction; decoupled, the trainers alone reduce",
-    "main": "Fabric sets up processes, device, model and logger; decoupled, ranks differ in what they do",
+    "make_train_step": "Fabric runs the backward pass",
+    "main": "Fabric sets up processes, device and model, and moves what ranks exchange",
 }
 
 # what each hunk of the diff between the coupled files is about, in order
@@ -28,20 +30,19 @@ HUNKS = (
     "launching",
     "imports of Fabric",
     "imports of torch.distributed",
-    "the flag that chooses the device",
-    "what an update is given",
-    "backward pass",
-    "clipping of the gradient",
-    "sums over the ranks, and what rank 0 tells them",
+    "and of DDP, which Fabric chooses",
+    "the launcher's flag chooses the device",
+    "what trains the model",
+    "backward pass, in the launcher's precision",
+    "sums over the ranks, rank 0's values, all ranks' rows",
     "processes, device, process group",
-    "connections for --tcp-all-reduce",
-    "the model on its device, wrapped for training",
-    "the TensorBoard writer",
+    "where rank 0 logs",
+    "one object for all of these",
+    "summing over the ranks",
+    "the model, wrapped for training",
+    "the train step",
     "sharing rollouts",
     "update, with DDP's exchange of gradients or without",
-    "should the ranks' parameters differ",
-    "logging",
-    "waiting for rank 0",
     "leaving",
 )
 # what README's tables stand between
@@ -104,7 +105,7 @@ def diff_table(source: str, twin: str) -> str:
 
 
 def flags_table(sources: dict[str, str]) -> str:
-    """All flags of the files, from the lines of `Args`: group, choices, default, help, and the files that have it."""
+    """All flags of the files, from the lines of `Args`: group, choices, default, first help, the files that have it."""
     found = {}
     for file, source in sources.items():
         group = ""
@@ -114,12 +115,13 @@ def flags_table(sources: dict[str, str]) -> str:
             elif field := re.fullmatch(r"    (\w+): (.+?) = (.*?)  # (.*)", line):
                 name, kind, default, text = field.groups()
                 choices = " {" + ",".join(re.findall(r'"(\w+)"', kind)) + "}" if "Literal" in kind else ""
+                flag = f"--{name.replace('_', '-')}{choices}"
                 default = {"False": "off", "True": "on", '""': ""}.get(default, default.strip('"'))
-                found.setdefault((group, f"--{name.replace('_', '-')}{choices}", default, text), []).append(file)
+                found.setdefault((group, flag, default), (text, []))[1].append(file)
     lines = ["| flag | default | |", "| --- | --- | --- |"]
     for group in dict.fromkeys(group for group, *_ in found):
         lines.append(f"| *{group}* | | |")
-        for (of, flag, default, text), files in found.items():
+        for (of, flag, default), (text, files) in found.items():
             if of == group:
                 only = "" if len(files) == len(sources) else f" ({', '.join(f'`{file}`' for file in files)})"
                 lines.append(f"| `{flag}` | {f'`{default}`' if default else ''} | {text}{only} |")
@@ -128,7 +130,7 @@ def flags_table(sources: dict[str, str]) -> str:
 
 def with_tables(readme: str) -> str:
     """The README with its tables as they should be."""
-    sources = {name: (ROOT / name).read_text() for name in (SOURCE, *TWINS)}
+    sources = {name: (ROOT / name).read_text() for name in (SOURCE, *TWINS, DECOUPLED)}
     tables = {"diff": diff_table(sources[SOURCE], sources[TWINS[0]]), "flags": flags_table(sources)}
     for title, table in tables.items():
         start, end = TABLE.format(title, "\0").split("\0")
@@ -142,7 +144,7 @@ def main() -> None:
     wrong = False
     for name in TWINS:
         path = ROOT / name
-        if "--fix" in sys.argv:
+        if "--fix" in sys.argv and differences(source, path.read_text()):
             path.write_text(fix(source, path.read_text()))
         found = differences(source, path.read_text())
         wrong |= bool(found)

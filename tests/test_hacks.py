@@ -1,0 +1,162 @@
+"""Ordinary changes to a copy of a coupled file work, or end with a line that names them, in every mode."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch import Command
+from test_launch import FABRIC, LAUNCHERS, SLOW, TORCH, scalars
+
+MODES = {
+    "eager": (TORCH, 1, []),
+    "tcp": (TORCH, 2, ["--exchange", "tcp", "--share-data"]),
+    "ddp": (TORCH, 2, ["--exchange", "ddp"]),
+    "compile": (TORCH, 1, ["--compile"]),
+    "compile, tcp": (TORCH, 2, ["--exchange", "tcp", "--compile"]),
+    "compile, ddp": (TORCH, 2, ["--exchange", "ddp", "--compile", "--share-data"]),
+    "Fabric": (FABRIC, 2, ["--exchange", "ddp", "--share-data"]),
+    "Fabric, tcp": (FABRIC, 2, []),
+    "Fabric, compile": (FABRIC, 1, ["--compile"]),
+}
+FAST = ("eager", "tcp", "ddp", "compile")
+MODE = pytest.mark.parametrize("mode", [m if m in FAST else pytest.param(m, marks=SLOW) for m in MODES])
+EAGER = pytest.mark.parametrize(
+    "mode", [m if m in FAST else pytest.param(m, marks=SLOW) for m in MODES if "compile" not in m]
+)
+
+SUPER = "        super().__init__()\n        self.action_space = action_space\n"
+CRITIC = "        self.critic = make_mlp(num_features, hidden_sizes, 1, args.activation_function)\n"
+GROUPS = '    groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]\n'
+
+
+def hack(folder: Path, mode: str, *changes: tuple[str, str], flags: tuple = ()) -> tuple[int, str]:
+    """Run a copy of a file in which each text is replaced by another; exit status and output."""
+    file, ranks, switches = MODES[mode]
+    text = file.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"{text.count(old)} places of {old!r}"
+        text = text.replace(old, new)
+    (folder / file.name).write_text(text)
+    sizes = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
+    command = [*LAUNCHERS[file](ranks), file.name, *sizes, "--total-timesteps", 512, *switches, *flags]
+    return Command(command, cwd=folder).finish()
+
+
+def trained(folder: Path) -> dict:
+    """The parameters at the end of a run."""
+    return torch.load(max(folder.rglob("step-*.pt")))["agent"]
+
+
+@MODE
+def test_a_frozen_network_stays_as_it_is(tmp_path, mode):
+    frozen = CRITIC + "        self.frozen = nn.Linear(num_features, 1).requires_grad_(False)\n"
+    values = 'outputs["values"] = self.critic(features).squeeze(-1)'
+    status, output = hack(
+        tmp_path,
+        mode,
+        (CRITIC, frozen + "        nn.init.ones_(self.frozen.weight)\n"),
+        (values, values + ' + self.frozen(features).squeeze(-1)'),
+        ("        if args.ortho_init:\n", "        if False:\n"),
+    )  # fmt: skip
+    assert status == 0, output
+    assert (trained(tmp_path)["frozen.weight"] == 1).all()
+
+
+@MODE
+def test_groups_of_parameters_have_learning_rates_of_their_own(tmp_path, mode):
+    two = (
+        '    groups = [{"params": list(agent.actor.parameters())}]\n'
+        '    groups += [{"params": list(agent.critic.parameters()), "lr": 0.0}]\n'
+        "    nn.init.ones_(agent.actor[-1].bias)\n"
+        "    nn.init.ones_(agent.critic[-1].bias)\n"
+    )
+    status, output = hack(tmp_path, mode, (GROUPS, two))
+    assert status == 0, output
+    assert (trained(tmp_path)["critic.4.bias"] == 1).all() and (trained(tmp_path)["actor.4.bias"] != 1).all()
+
+
+@MODE
+def test_a_new_column_and_a_new_metric_reach_loss_and_log(tmp_path, mode):
+    column = '        "terminations": np.zeros(shape, bool),\n'
+    filled = '        rollout["terminations"][t] = terminations\n'
+    metric = '        "entropy_loss": entropy_loss,\n'
+    status, output = hack(
+        tmp_path,
+        mode,
+        (column, column + '        "positions": np.zeros(shape, np.float32),\n'),
+        (filled, filled + '        rollout["positions"][t] = obs[t, :, 0]\n'),
+        (metric, metric + '        "mismatch": (minibatch["positions"] - minibatch["obs"][:, 0]).abs() @ weights,\n'
+                          '        "size": minibatch["positions"].abs() @ weights,\n'),
+    )  # fmt: skip
+    assert status == 0, output
+    logs = scalars(tmp_path)
+    assert {value for _, value in logs["Loss/mismatch"]} == {0} and min(value for _, value in logs["Loss/size"]) > 0
+
+
+@MODE
+def test_an_action_of_the_wrong_width_is_an_error(tmp_path, mode):
+    greedy = 'return outputs["mean"] + np.exp(outputs["log_std"]) * noise'
+    width = "self.num_actions = math.prod(action_space.shape)"
+    status, output = hack(
+        tmp_path,
+        mode,
+        (width, "self.num_actions = 1"),
+        (greedy, f"{greedy.replace('* noise', '* noise')}".replace("return ", "return np.zeros((len(obs), 2)) + ")),
+        flags=("--env-id", "toy_envs:NanObsBox-v0"),
+    )
+    assert status != 0 and "Agent.act returns (4, 2), not (4, 1)" in output, output
+    assert not list(tmp_path.rglob("step-*.pt"))
+
+
+@MODE
+def test_a_layer_in_forward_alone_is_an_error(tmp_path, mode):
+    """The network that acts does not have it."""
+    policy = "outputs = self.policy(self.actor(features), self.head())"
+    status, output = hack(
+        tmp_path,
+        mode,
+        (CRITIC, CRITIC + "        self.extra = nn.Linear(num_outputs, num_outputs)\n"),
+        (policy, "outputs = self.policy(self.extra(self.actor(features)), self.head())"),
+    )
+    assert status != 0 and "Agent.forward and make_numpy_policy differ in logits" in output, output
+    assert not list(tmp_path.rglob("step-*.pt"))
+
+
+@pytest.mark.parametrize("mode", ["compile", pytest.param("Fabric, compile", marks=SLOW)])
+def test_what_cannot_be_compiled_fails_with_the_whole_exception(tmp_path, mode):
+    loss = "    entropy_loss = -outputs"
+    status, output = hack(tmp_path, mode, (loss, f"    print(float(weights.sum()))\n{loss}"))
+    assert status != 0 and "print(float(weights.sum()))" in output and "torch._dynamo" in output, output
+    assert not list(tmp_path.rglob("step-*.pt"))
+
+
+@EAGER
+def test_all_ranks_know_the_folder_of_the_run(tmp_path, mode):
+    start = "    first_iteration = math.ceil(rows / rollout_size) + 1\n"
+    saves = (
+        start + '    os.makedirs(run_dir, exist_ok=True)\n    np.savez(f"{run_dir}/rollout-{rank}.npz", **rollout)\n'
+    )
+    status, output = hack(tmp_path, mode, (start, saves))
+    assert status == 0, output
+    (folder,) = {path.parent for path in tmp_path.rglob("events.*")}
+    assert len(list(folder.glob("rollout-*.npz"))) == MODES[mode][1]
+
+
+@EAGER
+def test_one_place_sees_every_scalar(tmp_path, mode):
+    add = "        values = [Summary.Value("
+    rows = (
+        '        with open("scalars.csv", "a") as file:\n'
+        '            file.writelines(f"{global_step},{tag},{value}\\n" for tag, value in metrics.items())\n'
+    )
+    status, output = hack(tmp_path, mode, (add, rows + add), flags=("--eval-every", 1))
+    assert status == 0, output
+    with (tmp_path / "scalars.csv").open() as file:
+        points = {(tag, int(step)) for step, tag, _ in csv.reader(file)}
+    (events,) = {path.parent for path in tmp_path.rglob("events.*")}
+    log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    assert points == {(tag, point.step) for tag in log.Tags()["scalars"] for point in log.Scalars(tag)}
+    assert len(points) > 20
