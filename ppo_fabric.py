@@ -1036,6 +1036,7 @@ def main(args: Args) -> None:
         print(f"logs, checkpoints and videos: {run_dir}")
     if world_size > 1:
         fabric.barrier()  # launchers end the others if one leaves, and rank 0 has been writing
+        time.sleep(0.1)  # gloo's threads may hold the last tensor, and need the interpreter (PyTorch issue 190489)
     if is_stopping or signals:
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -1058,6 +1058,7 @@ def main(args: Args) -> None:
         print(f"logs, checkpoints and videos: {run_dir}")
     if world_size > 1:
         dist.barrier()  # launchers end the others if one leaves, and rank 0 has been writing
+        time.sleep(0.1)  # gloo's threads may hold the last tensor, and need the interpreter (PyTorch issue 190489)
         dist.destroy_process_group()
     if is_stopping or signals:
         raise SystemExit(128 + signal.SIGTERM)

@@ -44,6 +44,7 @@ HUNKS = (
     "sharing rollouts",
     "update, with DDP's exchange of gradients or without",
     "leaving",
+    "closing the process group",
 )
 # what README's tables stand between
 TABLE = "<!-- {0}, written by tests/twins.py --fix -->\n{1}<!-- end of {0} -->"
