@@ -23,14 +23,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from glob import escape, glob
 from importlib import import_module
 from inspect import unwrap
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Literal
 
@@ -335,13 +335,13 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
     if agent.head().is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
         return None
     head = agent.head().detach().numpy()
-    steps = [(type(layer), [tensor.numpy() for tensor in layer.state_dict().values()]) for layer in layers]
+    steps = [(type(layer), [tensor.numpy().T for tensor in layer.state_dict().values()]) for layer in layers]
 
     def numpy_policy(x: np.ndarray) -> Arrays:
         for kind, arrays in steps:
             if kind is nn.Linear:
                 weight, bias = arrays
-                x = x @ weight.T + bias
+                x = x @ weight + bias
             elif kind is nn.Tanh:
                 x = np.tanh(x)
             elif kind is nn.ReLU:
@@ -549,7 +549,10 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
         return ppo_loss(func.functional_call(agent, tensors, (minibatch,)), minibatch, args)
 
     gradient = func.grad(loss_at, has_aux=True)
-    return torch.compile(gradient, fullgraph=True, dynamic=False, options={"cpp_wrapper": not agent.head().is_cuda})
+    options = {"cpp_wrapper": not agent.head().is_cuda}
+    # what torch's own layers are does not change, and to check it takes time
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+    return torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
 
 
 def make_train_step(
@@ -597,32 +600,35 @@ def make_train_step(
 
 def shuffle(
     valid: np.ndarray, counts: np.ndarray, num_minibatches: int, part: int, num_parts: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Deal the valid of R rows to minibatches; return row numbers and weights, (minibatches, B), of a part of each.
+) -> Iterator[Tensors]:
+    """For each epoch deal the valid of R rows to minibatches; yield `rows` and `weights` (minibatches, B) of a part.
 
     B is fixed: minibatches that run short are padded with rows of weight 0. `counts` are the numbers of valid rows that
     are dealt here and on the other ranks: by the weights the mean over the ranks is that over a minibatch's valid rows.
     """
     B = math.ceil(len(valid) / num_minibatches / num_parts)
-    rows = np.full((B * num_parts, num_minibatches), -1)
-    rows.flat[: valid.sum()] = rng.permutation(np.flatnonzero(valid))
-    rows = np.ascontiguousarray(rows[part::num_parts].T)
+    valid_rows = np.flatnonzero(valid)
     sizes = np.ceil((counts[:, None] - np.arange(num_minibatches)) / num_minibatches).sum(0)
-    weights = len(counts) * num_parts / np.maximum(sizes, 1)
-    return rows, (rows >= 0) * weights[:, None].astype(np.float32)
+    weights = np.zeros((B * num_parts, num_minibatches), np.float32)
+    weights.flat[: len(valid_rows)] = 1
+    weights *= len(counts) * num_parts / np.maximum(sizes, 1)
+    while True:
+        rows = np.full(weights.shape, -1)
+        rows.flat[: len(valid_rows)] = rng.permutation(valid_rows)
+        yield {
+            name: torch.from_numpy(x[part::num_parts].T.copy()) for name, x in (("rows", rows), ("weights", weights))
+        }
 
 
-def update(batch: Tensors, train_step: Callable, minibatches: Callable, gather: Callable, args: Args) -> Tensors:
-    """Train on a batch of R rows; return the mean of each metric over all steps.
-
-    `minibatches` shuffles: it returns row numbers and weights, (minibatches, B) each.
-    """
+def update(batch: Tensors, train_step: Callable, epochs: Iterator[Tensors], gather: Callable, args: Args) -> Tensors:
+    """Train on a batch of R rows, for epochs of `shuffle`; return the mean of each metric over all steps."""
     history = []
-    for _ in range(args.update_epochs):
-        rows, weights = (torch.from_numpy(array).to(batch["obs"].device) for array in minibatches())
-        epoch = {name: tensor[rows] for name, tensor in batch.items()} | {"weights": weights}
-        for m in range(len(rows)):
-            history.append(train_step({name: tensor[m] for name, tensor in epoch.items()}))
+    for dealt in islice(epochs, args.update_epochs):
+        rows = dealt["rows"].to(batch["obs"].device)
+        epoch = {name: tensor[rows] for name, tensor in batch.items()}
+        epoch["weights"] = dealt["weights"].to(rows.device)
+        for columns in zip(*epoch.values(), strict=True):
+            history.append(train_step(dict(zip(epoch, columns, strict=True))))
         if args.target_kl is not None:  # of all ranks, so that none leaves the loop alone
             approx_kl = sum(metrics["approx_kl"] for metrics in history[-len(rows) :]) / len(rows)
             if gather({"approx_kl": approx_kl})["approx_kl"].mean() > args.target_kl:
@@ -988,12 +994,12 @@ def main(args: Args) -> None:
         valid = batch.pop("valid").cpu().numpy() > 0
         counts = np.array([valid.sum()]) if args.share_data else numbers["rows"]
         part, num_parts = (rank, world_size) if args.share_data else (0, 1)
-        minibatches = partial(shuffle, valid, counts, num_minibatches, part, num_parts, shuffle_rng)
+        epochs = shuffle(valid, counts, num_minibatches, part, num_parts, shuffle_rng)
         times.append(time.perf_counter())
 
         # update; only then the normalisers, as the rollout and its update have to see the same observations
         with fabric.no_backward_sync(model, enabled=not uses_ddp):
-            losses = update(batch, train_step, minibatches, gather, args)
+            losses = update(batch, train_step, epochs, gather, args)
         losses = gather(losses | {"stop": len(signals)})
         is_stopping = losses.pop("stop").any() and not is_last
         check_finite(losses, iteration)

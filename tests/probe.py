@@ -9,6 +9,7 @@ each update), `batches` (what each update was given), `rows` and `weights` (of t
 import importlib.util
 import os
 import sys
+from itertools import chain
 
 import torch
 import tyro
@@ -31,21 +32,15 @@ def probe(module) -> dict:
     def vector():
         return torch.nn.utils.parameters_to_vector(notes["agent"].parameters()).detach().clone()
 
-    def noting_update(batch, train_step, minibatches, *rest):
+    def noting_update(batch, train_step, epochs, *rest):
         if notes["before"] is None:
             notes["before"] = vector()
         notes["batches"].append({name: tensor.clone() for name, tensor in batch.items()})
-        shuffles = []
-
-        def noting_minibatches():
-            shuffles.append(minibatches())
-            return shuffles[-1]
-
-        result = update(batch, train_step, noting_minibatches, *rest)
+        first = next(epochs)
+        result = update(batch, train_step, chain([first], epochs), *rest)
         notes["after"].append(vector())
-        rows, weights = shuffles[0]
-        notes["rows"].append(torch.from_numpy(rows.copy()))
-        notes["weights"].append(torch.from_numpy(weights.copy()))
+        notes["rows"].append(first["rows"])
+        notes["weights"].append(first["weights"])
         (state, *_) = notes["optimizer"].state.values()
         notes["steps"] = int(state["step"])
         return result

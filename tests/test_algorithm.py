@@ -2,7 +2,6 @@
 
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from threading import Event
 from types import SimpleNamespace
 
@@ -250,13 +249,21 @@ def test_rescaled_actions_stay_within_any_bounds():
         np.testing.assert_array_equal(stepped[~finite], np.clip(extreme, low, high)[~finite].astype(np.float32))
 
 
+def deal(valid, counts, num_minibatches, part, num_parts, seed) -> tuple[np.ndarray, np.ndarray]:
+    """The row numbers and weights of the second epoch."""
+    epochs = ppo.shuffle(valid, counts, num_minibatches, part, num_parts, np.random.default_rng(seed))
+    first, second = next(epochs), next(epochs)
+    assert torch.equal(first["weights"], second["weights"])
+    return second["rows"].numpy(), second["weights"].numpy()
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 def test_minibatches_are_a_partition_and_their_weights_make_the_whole_average(num_parts):
     """All ranks' rows are shuffled together; each rank takes a part of every minibatch."""
     R, M = 103, 5
     valid, x = np.random.default_rng(0).random(R) < 0.7, np.random.default_rng(1).normal(size=R)
     counts = np.array([valid.sum()])
-    parts = [ppo.shuffle(valid, counts, M, part, num_parts, np.random.default_rng(3)) for part in range(num_parts)]
+    parts = [deal(valid, counts, M, part, num_parts, 3) for part in range(num_parts)]
     seen = []
     for m in range(M):
         whole = np.concatenate([rows[m][weights[m] > 0] for rows, weights in parts])
@@ -275,7 +282,7 @@ def test_ranks_with_fewer_valid_rows_weigh_less():
     x = [rng.normal(size=R) for _ in valid]
     counts = np.array([float(v.sum()) for v in valid])
     assert 0 < counts[2] < M  # not even a row for each minibatch
-    deals = [ppo.shuffle(v, counts, M, 0, 1, np.random.default_rng(rank)) for rank, v in enumerate(valid)]
+    deals = [deal(v, counts, M, 0, 1, rank) for rank, v in enumerate(valid)]
     for m in range(M):
         whole = np.concatenate([x[r][rows[m][weights[m] > 0]] for r, (rows, weights) in enumerate(deals)])
         average = sum((x[r][rows[m]] * weights[m]).sum() for r, (rows, weights) in enumerate(deals)) / len(valid)
@@ -692,6 +699,6 @@ def test_target_kl_is_of_all_ranks(others_kl, target_kl, epochs):
     def gather(numbers):
         return {name: np.array([float(number), others_kl]) for name, number in numbers.items()}
 
-    minibatches = partial(ppo.shuffle, np.ones(64, bool), np.array([64]), 2, 0, 1, np.random.default_rng(0))
-    ppo.update(batch, train_step, minibatches, gather, args)
+    epochs_ = ppo.shuffle(np.ones(64, bool), np.array([64]), 2, 0, 1, np.random.default_rng(0))
+    ppo.update(batch, train_step, epochs_, gather, args)
     assert len(steps) == 2 * epochs

@@ -31,9 +31,9 @@ def test_a_file_is_no_longer_than_it_has_to_be(name):
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
     lines = len(text.splitlines())
-    assert substance(tree) <= 7_010 and lines <= 1_076
+    assert substance(tree) <= 7_045 and lines <= 1_082
     assert substance(tree) / lines <= 7.0
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     main = functions.pop("main")
-    assert length(main) <= 129 and substance(main) <= 915
+    assert length(main) <= 129 and substance(main) <= 945
     assert max(map(length, functions.values())) <= 50

@@ -117,10 +117,11 @@ def test_updates_are_those_of_plain_torch(optimizer):
     plain, rng = kind(reference.parameters(), args.learning_rate, eps=1e-5), np.random.default_rng(2)
     for learning_rate in (1e-2, 3e-3):
         plain.param_groups[0]["lr"] = learning_rate
+        epochs = deal(rng)
         for _ in range(args.update_epochs):
-            for rows, weights in zip(*deal(rng), strict=True):
+            for rows, weights in zip(*next(epochs).values(), strict=True):
                 minibatch = {name: tensor[rows] for name, tensor in batch.items()}
-                minibatch["weights"] = torch.from_numpy(weights)
+                minibatch["weights"] = weights
                 loss, _ = ppo.ppo_loss(reference(minibatch), minibatch, args)
                 plain.zero_grad()
                 loss.backward()
@@ -139,7 +140,7 @@ def test_updates_are_those_of_plain_torch(optimizer):
                 made.load_state_dict(made.state_dict() | {"state": state})
             made.param_groups[0]["lr"] = learning_rate
             train_step = ppo.make_train_step(agent, agent, made, flat, None, 1, args)
-            metrics = ppo.update(batch, train_step, partial(deal, rng), None, args)
+            metrics = ppo.update(batch, train_step, deal(rng), None, args)
             assert metrics["grad_norm"] > args.max_grad_norm
             state = deepcopy(made.state_dict()["state"])
         assert state[0]["step"] == 2 * 2 * 4
