@@ -1008,7 +1008,7 @@ def main(args: Args) -> None:
         times.append(time.perf_counter())
 
         # communication: numbers of all ranks, and with --share-data the rows themselves
-        numbers = gather(rollout_numbers(batch) | ended)
+        numbers = gather(ended | rollout_numbers(batch))
         check_finite(numbers, iteration)
         if args.normalize_advantages:
             batch["advantages"] = normalize(batch["advantages"], numbers)
@@ -1071,8 +1071,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
     try:
+        args = tyro.cli(Args)
         if not args.evaluate:
             main(args)
         elif os.environ.get("RANK", "0") == "0":

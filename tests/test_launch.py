@@ -383,7 +383,6 @@ BAD = {
 
 
 BAD_FOR_FABRIC = {
-    "strategy": (["--strategy=fsdp"], "", "FSDP"),
     "precision": (["--precision=64-true"], "", "--precision"),
     "precision, compiled": (["--precision=bf16-mixed"], "--compile", "--precision"),
     "unknown environment": ([], "--env-id NoSuch-v0", "NoSuch"),
@@ -445,6 +444,13 @@ def test_bad_input_to_the_torch_file(tmp_path, case):
 def test_bad_input_to_the_fabric_file(tmp_path, case):
     options, flags, said = BAD_FOR_FABRIC[case]
     fails_with_one_line([*fabric_run(2, *options), FABRIC, *flags.split()], tmp_path, said)
+
+
+@pytest.mark.slow
+def test_a_strategy_that_cannot_run_the_file(tmp_path):
+    """The error is Fabric's own."""
+    status, output = Command([*fabric_run(2, "--strategy=fsdp"), FABRIC], cwd=tmp_path).finish()
+    assert status != 0 and "FSDP" in output.splitlines()[-2] + output.partition("Root Cause")[0], output
 
 
 def test_torchrun_is_not_for_the_fabric_file(tmp_path):
