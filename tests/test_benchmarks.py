@@ -371,7 +371,10 @@ def test_a_race_ends_with_the_first_but_not_with_a_crash(end, failed):
         assert all(20 < speed < 200 for speed in speeds.values())
 
 
-@pytest.mark.parametrize("ranks, contender", [(1, "torch, 1 process"), (2, "torch, 2 ranks, TCP")])
+ONE = pytest.param(1, "torch, 1 process", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("ranks, contender", [ONE, (2, "torch, 2 ranks, TCP")])
 def test_a_race_of_a_changed_file_with_the_shipped_one(tmp_path, monkeypatch, capsys, ranks, contender):
     """One that sleeps in each iteration is slower, whatever its name."""
     sizes = "--num-envs 4 --num-steps 128 --update-epochs 1 --per-rank-batch-size 128 --total-timesteps 16384"

@@ -23,6 +23,10 @@ MODES = {
 }
 FAST = ("eager", "tcp", "ddp", "compile")
 MODE = pytest.mark.parametrize("mode", [m if m in FAST else pytest.param(m, marks=SLOW) for m in MODES])
+# test_training.py has these compiled in its own process
+MODE_BUT_COMPILE = pytest.mark.parametrize(
+    "mode", [m if m in FAST and m != "compile" else pytest.param(m, marks=SLOW) for m in MODES]
+)
 EAGER = pytest.mark.parametrize(
     "mode", [m if m in FAST else pytest.param(m, marks=SLOW) for m in MODES if "compile" not in m]
 )
@@ -50,7 +54,7 @@ def trained(folder: Path) -> dict:
     return torch.load(max(folder.rglob("step-*.pt")))["agent"]
 
 
-@MODE
+@MODE_BUT_COMPILE
 def test_a_frozen_network_stays_as_it_is(tmp_path, mode):
     frozen = CRITIC + "        self.frozen = nn.Linear(num_features, 1).requires_grad_(False)\n"
     values = 'outputs["values"] = self.critic(features).squeeze(-1)'
@@ -65,7 +69,7 @@ def test_a_frozen_network_stays_as_it_is(tmp_path, mode):
     assert (trained(tmp_path)["frozen.weight"] == 1).all()
 
 
-@MODE
+@MODE_BUT_COMPILE
 def test_groups_of_parameters_have_learning_rates_of_their_own(tmp_path, mode):
     two = (
         '    groups = [{"params": list(agent.actor.parameters())}]\n'
