@@ -453,6 +453,18 @@ def test_a_strategy_that_cannot_run_the_file(tmp_path):
     assert status != 0 and "FSDP" in output.splitlines()[-2] + output.partition("Root Cause")[0], output
 
 
+def test_fabric_run_starts_its_two_files(tmp_path):
+    """As README does, with few steps; its first command, which a test runs in full, is torchrun's."""
+    commands = []
+    for file, options in ((FABRIC, ["--strategy=ddp"]), (DECOUPLED, [])):
+        (tmp_path / file.stem).mkdir()
+        ranks = 2 if file == FABRIC else 3
+        command = [*real_fabric_run(ranks, *options), file, *SMALL, "--total-timesteps", 1024]
+        commands.append(Command(command, cwd=tmp_path / file.stem))
+    for status, output in [command.finish() for command in commands]:
+        assert status == 0 and "greedy return" in output, output
+
+
 def test_torchrun_is_not_for_the_fabric_file(tmp_path):
     fails_with_one_line([*torchrun(2), FABRIC], tmp_path, "fabric run")
 

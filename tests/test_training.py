@@ -11,7 +11,7 @@ from torch.distributions import Categorical
 
 import ppo_torch_ddp as ppo
 from probe import probe
-from test_algorithm import VECTOR
+from test_algorithm import VECTOR, collect, join
 from toy_envs import PUZZLES, puzzle_flags
 
 
@@ -170,6 +170,14 @@ def test_reset_rows_stay_out_of_the_statistics(run_main):
     rows = torch.cat(notes["normalised"][1])
     assert sorted(rows.unique().tolist()) == pytest.approx([step / 10 for step in range(10)])
     torch.testing.assert_close(notes["agent"].obs_rms.mean[0].double(), rows.double().mean())
+
+
+def test_reset_rows_of_environments_in_processes_are_marked():
+    """Episodes of 10 steps and a reset row after each, as in one process."""
+    _, results = collect("toy_envs:Truncated-v0", num_steps=15, rollouts=3, vec_env="async")
+    resets = join(results, "dones")
+    assert np.flatnonzero(resets[:, 0]).tolist() == [10, 21, 32, 43]
+    assert np.array_equal(join(results, "rewards"), ~resets)
 
 
 def test_one_epoch_of_one_minibatch_is_a2c(run_main):
