@@ -43,7 +43,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from lightning.fabric import Fabric
-from tensorboard.compat.proto.summary_pb2 import Summary
+from numpy import ndarray
 from torch import Tensor, func, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -51,7 +51,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Tensors = dict[str, Tensor]
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, ndarray]
 CHECKPOINT_VERSION = 2
 CHUNK = 4096  # rows that pass through the networks at once after a rollout
 
@@ -107,14 +107,8 @@ class Args:
     dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_envs",
-            "num_steps",
-            "update_epochs",
-            "per_rank_batch_size",
-            "keep_checkpoints",
-            "num_threads",
-        ):
+        counts = ("num_envs", "num_steps", "update_epochs", "per_rank_batch_size", "keep_checkpoints", "num_threads")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
 
@@ -122,12 +116,13 @@ class Args:
 def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     """One environment, the place for wrappers of your own."""
     kwargs = json.loads(args.env_kwargs)
-    if video_dir is None:
-        return gym.make(args.env_id, **kwargs)
-    return gym.wrappers.RecordVideo(gym.make(args.env_id, render_mode="rgb_array", **kwargs), video_dir)
+    if video_dir:
+        kwargs["render_mode"] = "rgb_array"
+    env = gym.make(args.env_id, **kwargs)
+    return gym.wrappers.RecordVideo(env, video_dir) if video_dir else env
 
 
-def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, np.ndarray]:
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, ndarray]:
     """Make a vector of environments and reset it; the place to plug in your own.
 
     The autoreset mode must be NEXT_STEP: the step after an episode's end ignores the action, returns the reward 0 and
@@ -225,7 +220,7 @@ class Agent(nn.Module):
         else:  # Gaussians
             self.num_actions = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
-            is_bounded = (np.abs(action_space.low) < 1e6) & (np.abs(action_space.high) < 1e6)
+            is_bounded = np.maximum(-action_space.low, action_space.high) < 1e6
             low = np.where(is_bounded, action_space.low, -1)
             high = np.where(is_bounded, action_space.high, 1)
             self.scale = (high - low) / 2
@@ -254,7 +249,7 @@ class Agent(nn.Module):
                     nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                     nn.init.zeros_(layer.bias)
 
-    def policy(self, output: Tensor | np.ndarray, head: Tensor | np.ndarray) -> dict:
+    def policy(self, output: Tensor | ndarray, head: Tensor | ndarray) -> dict:
         """Parameters of the action distribution: logits (B, A, choices), or mean and log_std (B, A).
 
         `output` is the actor's, `head` the mask or `log_std`; both are tensors in training and arrays in acting.
@@ -280,7 +275,7 @@ class Agent(nn.Module):
         outputs["values"] = self.critic(features).squeeze(-1)
         return outputs
 
-    def act(self, obs: np.ndarray, noise: np.ndarray | float = 0.0, numpy_policy: Callable | None = None) -> np.ndarray:
+    def act(self, obs: ndarray, noise: ndarray | float = 0.0, numpy_policy: Callable | None = None) -> ndarray:
         """Actions (N, A) for observations (N, ...), greedy without noise: `envs.step(agent.to_env(agent.act(obs)))`.
 
         `numpy_policy` is a faster way to compute what `policy` returns.
@@ -300,13 +295,13 @@ class Agent(nn.Module):
         """What `policy` adds to the actor's output: the mask (A, choices), or log_std (A,)."""
         return self.mask if self.is_discrete else self.log_std
 
-    def make_noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    def make_noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> ndarray:
         """Noise to sample with: Gumbel for discrete actions (arXiv:1411.0030), Gaussian for continuous ones."""
         if self.is_discrete:
             return rng.gumbel(size=(*shape, *self.mask.shape)).astype(np.float32)
         return rng.standard_normal((*shape, self.num_actions), np.float32)
 
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
+    def to_env(self, actions: ndarray) -> ndarray:
         """Actions (N, A) as environments take them: -1 .. 1 scaled to the bounds of a Box where these are finite."""
         space = self.action_space
         actions = actions.reshape(-1, *space.shape)
@@ -337,7 +332,7 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
     head = agent.head().detach().numpy()
     steps = [(type(layer), [tensor.numpy().T for tensor in layer.state_dict().values()]) for layer in layers]
 
-    def numpy_policy(x: np.ndarray) -> Arrays:
+    def numpy_policy(x: ndarray) -> Arrays:
         for kind, arrays in steps:
             if kind is nn.Linear:
                 weight, bias = arrays
@@ -354,11 +349,11 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
     return numpy_policy
 
 
-def make_storage(args: Args, agent: Agent, first_obs: np.ndarray) -> tuple[Arrays, Arrays]:
-    """Arrays of a rollout, (T + 1, N, ...), and running sums of the N environments.
+def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, Arrays]:
+    """Arrays of a rollout, (T + 1, N, ...), and of the episodes under way, (N,).
 
-    Of the last row only the observation counts, and whether it is a reset. It is the first row of the next rollout. An
-    array that you add here and fill in `collect_rollout` reaches `Agent.forward` by its name.
+    The last row of each array is the first row of the next rollout. An array that you add here and fill in
+    `collect_rollout` reaches `Agent.forward` by its name.
     """
     shape = (args.num_steps + 1, args.num_envs)
     rollout = {
@@ -367,68 +362,62 @@ def make_storage(args: Args, agent: Agent, first_obs: np.ndarray) -> tuple[Array
         "rewards": np.zeros(shape, np.float32),
         "terminations": np.zeros(shape, bool),
         "dones": np.zeros(shape, bool),  # dones[t]: an episode ended just before row t, which is a reset
-        "discounted_returns": np.zeros(shape, np.float32),
+        "discounted_returns": np.zeros(shape, np.float32),  # the one at t counts the rewards before row t
     }
     rollout["obs"][-1] = first_obs.reshape(rollout["obs"][-1].shape)
-    sums = {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths", "discounted_returns")}
-    return rollout, sums
+    return rollout, {"returns": np.zeros(args.num_envs), "lengths": np.zeros(args.num_envs)}
 
 
 def collect_rollout(
-    agent: Agent,
-    numpy_policy: Callable | None,
-    envs: VectorEnv,
-    rollout: Arrays,
-    sums: Arrays,
-    rng: np.random.Generator,
-    args: Args,
-) -> dict[str, float]:
+    agent: Agent, envs: VectorEnv, rollout: Arrays, episodes: Arrays, rng: np.random.Generator, args: Args
+) -> dict:
     """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
 
     With NEXT_STEP autoreset `obs[t + 1]` is the final observation of an episode that ended at t.
     """
+    for array in rollout.values():
+        array[0] = array[-1]
     obs = rollout["obs"]
     dones = rollout["dones"]
-    rewards = np.zeros((args.num_steps, args.num_envs))
-    over = dones[1:]
-    if args.episodic_life:  # only a whole game is an episode with a return and a length
-        over = np.zeros(rewards.shape, bool)
-    obs[0] = obs[-1]
-    dones[0] = dones[-1]
-    noise = agent.make_noise(rewards.shape, rng)
+    rewards = rollout["rewards"]
+    numpy_policy = make_numpy_policy(agent)
+    noise = agent.make_noise(rewards[:-1].shape, rng)
+    ended = {"episodes": 0, "episode_returns": 0.0, "episode_lengths": 0.0}
     for t in range(args.num_steps):
         actions = agent.act(obs[t], noise[t], numpy_policy)
         if actions.shape != rollout["actions"][t].shape:
             raise ValueError(f"Agent.act returns {actions.shape}, not {rollout['actions'][t].shape}")
-        next_obs, rewards[t], terminations, truncations, infos = envs.step(agent.to_env(actions))
-        obs[t + 1] = next_obs.reshape(obs[t + 1].shape)
-        dones[t + 1] = terminations | truncations
+        next_obs, reward, terminations, truncations, infos = envs.step(agent.to_env(actions))
         rollout["actions"][t] = actions
         rollout["terminations"][t] = terminations
-        if args.episodic_life:
-            over[t] = truncations | (terminations & (infos.get("lives", 0) == 0))
+        rewards[t] = reward
+        obs[t + 1] = next_obs.reshape(obs[t + 1].shape)
+        dones[t + 1] = terminations | truncations
 
-    ended = {"episodes": over.sum(), "rewards": rewards.sum()}
-    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows of episodes that ended in this rollout
-    for name, rows in (("episode_returns", rewards), ("episode_lengths", ~dones[:-1])):
-        ended[name] = sums[name][is_over[0]].sum() + rows[is_over].sum()
-        sums[name] = sums[name] * ~is_over[0] + (rows * ~is_over).sum(0)
-    rollout["rewards"][:-1] = rewards.clip(-1, 1) if args.clip_rewards else rewards
+        episodes["returns"] += reward
+        episodes["lengths"] += ~dones[t]
+        over = dones[t + 1]
+        if args.episodic_life:  # only a whole game is an episode with a return and a length
+            over = truncations | (terminations & (infos.get("lives", 0) == 0))
+        if over.any():
+            ended["episodes"] += over.sum()
+            for name, sums in episodes.items():
+                ended[f"episode_{name}"] += sums[over].sum()
+                sums[over] = 0
+
+    ended["rewards"] = rewards.sum()
+    if args.clip_rewards:
+        rewards.clip(-1, 1, out=rewards)
     if args.normalize_rewards:
+        returns = rollout["discounted_returns"]
         for t in range(args.num_steps):
-            sums["discounted_returns"] = rollout["rewards"][t] + args.gamma * ~dones[t] * sums["discounted_returns"]
-            rollout["discounted_returns"][t] = sums["discounted_returns"]
+            returns[t + 1] = rewards[t] + args.gamma * ~dones[t] * returns[t]
     return ended
 
 
 def compute_gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    terminations: np.ndarray,
-    dones: np.ndarray,
-    gamma: float,
-    gae_lambda: float,
-) -> np.ndarray:
+    rewards: ndarray, values: ndarray, terminations: ndarray, dones: ndarray, gamma: float, gae_lambda: float
+) -> ndarray:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), (T, N).
 
     `values` is (T + 1, N), its row t + 1 that of the observation which step t led to; the others are (T, N), `dones[t]`
@@ -445,15 +434,13 @@ def compute_gae(
 
 
 @torch.no_grad()
-def make_batch(
-    agent: Agent, numpy_policy: Callable | None, rollout: Arrays, device: torch.device, args: Args
-) -> Tensors:
+def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) -> Tensors:
     """The R = T * N rows of a rollout to train on, by name; `valid` is 0 for the rows of resets."""
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in rollout.items()}
     chunks = []
     for start in range(0, len(rows["obs"]), CHUNK):  # bounds the memory
         chunks.append(agent({name: tensor[start : start + CHUNK] for name, tensor in rows.items()}))
-    if numpy_policy:
+    if numpy_policy := make_numpy_policy(agent):
         for name, array in numpy_policy(rows["obs"][:64].numpy()).items():
             if not np.allclose(array, chunks[0][name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise SystemExit(
@@ -537,6 +524,13 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
     return optimizer, flat
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set the learning rate of each group to `factor` of its initial one; return that of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["initial_lr"] * factor)  # a tensor: a number would be compiled in
+    return float(optimizer.param_groups[0]["lr"])
+
+
 def compile_gradient(agent: Agent, args: Args) -> Callable:
     """Compile the gradient of the loss with respect to the vector of `make_optimizer` as one graph."""
     trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
@@ -599,7 +593,7 @@ def make_train_step(
 
 
 def shuffle(
-    valid: np.ndarray, counts: np.ndarray, num_minibatches: int, part: int, num_parts: int, rng: np.random.Generator
+    valid: ndarray, counts: ndarray, num_minibatches: int, part: int, num_parts: int, rng: np.random.Generator
 ) -> Iterator[Tensors]:
     """For each epoch deal the valid of R rows to minibatches; yield `rows` and `weights` (minibatches, B) of a part.
 
@@ -685,13 +679,15 @@ def sum_over_tcp(tensor: Tensor, rank: int, peers: list[Connection], timeout: fl
 
 
 def choose_exchange(args: Args, world_size: int, parameters: Tensor) -> str:
-    """How the ranks average gradients, `ddp` or `tcp`, which is for small networks and the CPUs of one machine."""
+    """How the ranks average gradients: `none` if there is one rank, `ddp`, or `tcp` for small networks on CPUs."""
+    if world_size == 1:
+        return "none"
     can_use_tcp = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and not parameters.is_cuda
-    if args.exchange == "tcp" and world_size > 1 and not can_use_tcp:
+    if args.exchange == "tcp" and not can_use_tcp:
         raise SystemExit("error: --exchange tcp is for CPUs of one machine: leave it away")
-    is_fast = 1 < world_size <= os.cpu_count() and len(parameters) <= 250_000
     if args.exchange == "auto":
-        return "tcp" if can_use_tcp and is_fast else "ddp"
+        is_small = world_size <= os.cpu_count() and len(parameters) <= 250_000
+        return "tcp" if can_use_tcp and is_small else "ddp"
     return args.exchange
 
 
@@ -728,14 +724,17 @@ def check_finite(numbers: Arrays, iteration: int) -> None:
 def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> None:
     """Merge the valid rows of a rollout into the normalisers of observations and rewards."""
     is_valid = ~rollout["dones"][:-1]
-    for rms, rows in ((agent.obs_rms, rollout["obs"]), (agent.reward_rms, rollout["discounted_returns"][..., None])):
+    for rms, rows in (
+        (agent.obs_rms, rollout["obs"][:-1]),
+        (agent.reward_rms, rollout["discounted_returns"][1:, :, None]),
+    ):
         if rms:
-            rms.update(torch.from_numpy(rows[:-1][is_valid]).to(rms.mean.device), all_reduce)
+            rms.update(torch.from_numpy(rows[is_valid]).to(rms.mean.device), all_reduce)
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, args: Args, video_dir: str | None = None, signals: list | None = None) -> np.ndarray | None:
-    """Returns (eval_episodes,) of greedy episodes, each in an environment of its own; None after a signal."""
+def evaluate(agent: Agent, args: Args, video_dir: str | None, signals: list) -> ndarray:
+    """Returns (eval_episodes,) of greedy episodes, each in an environment of its own; a signal cuts them short."""
     envs, obs = make_envs(args, args.eval_episodes, args.seed + 10**9, video_dir)  # seeds that no rollout has
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
@@ -747,7 +746,7 @@ def evaluate(agent: Agent, args: Args, video_dir: str | None = None, signals: li
             over = terminations & (infos.get("lives", 0) == 0)
         running &= ~(truncations | over)
     envs.close()
-    return None if signals else returns
+    return returns
 
 
 class Log:
@@ -758,40 +757,37 @@ class Log:
         flags = "".join(f"{name}|{value}\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"flag|value\n-|-\n{flags}", global_step)
         self.progress = tqdm(initial=rows, total=total, unit="step", disable=not sys.stderr.isatty())
+        self.next_line = rows
         self.mean_return = math.nan
         sys.stdout.reconfigure(line_buffering=True)
-        self.next_line = rows
 
-    def add(self, metrics: dict[str, float], global_step: int) -> None:
-        """Add a point to the curve of each metric: one event for all is much faster than one each."""
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-        self.writer.file_writer.add_summary(Summary(value=values), global_step)
+    def add(self, metrics: dict, global_step: int) -> None:
+        """Add a point to the curve of each metric."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, global_step)
 
-    def add_iteration(self, metrics: dict[str, float], global_step: int, rows: int) -> None:
-        """Add an iteration to the curves, and show the progress of the run."""
+    def add_iteration(
+        self, losses: Arrays, numbers: Arrays, seconds: dict, learning_rate: float, global_step: int, rows: int
+    ) -> None:
+        """Add an iteration, of which `losses` and `numbers` are those of all ranks."""
+        speed = numbers["rows"].sum() / sum(seconds.values())
+        metrics = {f"Loss/{name}": of_ranks.mean() for name, of_ranks in losses.items()}
+        metrics |= {f"Time/{name}": duration for name, duration in seconds.items()}
+        metrics["Time/step_per_second"] = speed
+        metrics["Loss/explained_variance"] = numbers["explained_variance"].mean()
+        metrics["Info/entropy"] = -metrics["Loss/entropy_loss"]
+        metrics["Info/learning_rate"] = learning_rate
+        if episodes := numbers["episodes"].sum():
+            self.mean_return = numbers["episode_returns"].sum() / episodes
+            metrics["Rewards/rew_avg"] = self.mean_return
+            metrics["Game/ep_len_avg"] = numbers["episode_lengths"].sum() / episodes
         self.add(metrics, global_step)
-        self.mean_return = metrics.get("Rewards/rew_avg", self.mean_return)
         self.progress.update(rows - self.progress.n)
         if rows >= self.next_line:
-            self.next_line = rows + self.progress.total // 20
-            speed = metrics["Time/step_per_second"]
-            self.progress.write(
-                f"step {global_step} of {self.progress.total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
-            )
-
-
-def iteration_metrics(losses: Arrays, numbers: Arrays, seconds: dict, learning_rate: float) -> dict[str, float]:
-    """What is logged of an iteration, by TensorBoard's names."""
-    metrics = {f"Loss/{name}": of_ranks.mean() for name, of_ranks in losses.items()}
-    metrics |= {f"Time/{name}": duration for name, duration in seconds.items()}
-    metrics["Time/step_per_second"] = numbers["rows"].sum() / sum(seconds.values())
-    metrics["Loss/explained_variance"] = numbers["explained_variance"].mean()
-    metrics["Info/entropy"] = -metrics["Loss/entropy_loss"]
-    metrics["Info/learning_rate"] = learning_rate
-    if episodes := numbers["episodes"].sum():
-        metrics["Rewards/rew_avg"] = numbers["episode_returns"].sum() / episodes
-        metrics["Game/ep_len_avg"] = numbers["episode_lengths"].sum() / episodes
-    return metrics
+            total = self.progress.total
+            self.next_line = rows + total // 20
+            line = f"step {global_step} of {total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
+            self.progress.write(line)
 
 
 def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, state: dict, signals: list) -> None:
@@ -799,7 +795,7 @@ def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, sta
     step = state["global_step"]
     video_dir = f"{run_dir}/videos/test-step-{step}" if args.capture_video else None
     returns = evaluate(agent, args, video_dir, signals)
-    if returns is None:
+    if signals:
         return
     log.add({"Test/cumulative_reward": returns.mean()}, step)
     log.progress.write(f"step {step}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
@@ -811,6 +807,18 @@ def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, sta
 def list_checkpoints(run_dir: str) -> list[str]:
     """The checkpoints of a run, the newest last."""
     return sorted(glob(f"{escape(run_dir)}/checkpoints/step-*.pt"))
+
+
+def make_checkpoint(agent: Agent, optimizer: torch.optim.Optimizer, args: Args, rows: int, global_step: int) -> dict:
+    """What a checkpoint holds; its tensors are those of the agent and the optimizer, not copies."""
+    return {
+        "version": CHECKPOINT_VERSION,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": vars(args),
+        "rows": rows,
+        "global_step": global_step,
+    }
 
 
 def save_checkpoint(run_dir: str, name: str, state: dict, args: Args) -> None:
@@ -876,7 +884,7 @@ def evaluate_checkpoint(args: Args) -> None:
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     agent.load_state_dict(state["agent"])
     video_dir = f"{os.path.splitext(path)[0]}-videos" if args.capture_video else None
-    returns = evaluate(agent, args, video_dir)
+    returns = evaluate(agent, args, video_dir, [])
     print(f"step {state['global_step']}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
 
 
@@ -949,19 +957,18 @@ def main(args: Args) -> None:
     if state:
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-    numpy_policy = make_numpy_policy(agent)
-    rollout, sums = make_storage(args, agent, first_obs)
+    rollout, episodes = make_storage(args, agent, first_obs)
 
     # how ranks meet
     exchange = choose_exchange(args, world_size, flat)
     all_reduce = partial(fabric.all_reduce, reduce_op="sum")
-    if exchange == "tcp" and world_size > 1:
+    if exchange == "tcp":
         peers = connect_ranks(rank, world_size, broadcast)
         all_reduce = partial(sum_over_tcp, rank=rank, peers=peers, timeout=args.dist_timeout)
     gather = partial(gather_numbers, rank=rank, world_size=world_size, all_reduce=all_reduce, device=device)
-    uses_ddp = exchange == "ddp" and world_size > 1 and not args.compile
+    uses_ddp = exchange == "ddp" and not args.compile
     model, _ = fabric.setup(agent, optimizer)
-    reduce_gradients = None if uses_ddp or world_size == 1 else all_reduce
+    reduce_gradients = None if uses_ddp or exchange == "none" else all_reduce
     train_step = make_train_step(agent, model, optimizer, flat, reduce_gradients, world_size, fabric, args)
 
     if rank == 0:
@@ -971,17 +978,15 @@ def main(args: Args) -> None:
     is_stopping = False
     for iteration in range(first_iteration, num_iterations + 1):
         is_last = iteration == num_iterations
-        for group in optimizer.param_groups:
-            # a tensor: a number would be compiled in
-            group["lr"] = torch.tensor(group["initial_lr"] * (1 - args.anneal_lr * (iteration - 1) / num_iterations))
+        learning_rate = set_learning_rate(optimizer, 1 - args.anneal_lr * (iteration - 1) / num_iterations)
         # random streams of their own for each iteration and each rank's actions and shuffling
         action_rng = np.random.default_rng((args.seed, rows, 0, rank))
         shuffle_rng = np.random.default_rng((args.seed, rows, 1, 0 if args.share_data else rank))
 
         # rollout: the actor alone steps, then all rows pass through both networks
         times = [time.perf_counter()]
-        ended = collect_rollout(agent, numpy_policy, envs, rollout, sums, action_rng, args)
-        batch = make_batch(agent, numpy_policy, rollout, device, args)
+        ended = collect_rollout(agent, envs, rollout, episodes, action_rng, args)
+        batch = make_batch(agent, rollout, device, args)
         times.append(time.perf_counter())
 
         # communication: numbers of all ranks, and with --share-data the rows themselves
@@ -1011,16 +1016,8 @@ def main(args: Args) -> None:
         # logs, checkpoints and evaluations
         if rank == 0:
             seconds = dict(zip(("rollout", "communication", "update"), np.diff(times), strict=True))
-            metrics = iteration_metrics(losses, numbers, seconds, float(optimizer.param_groups[0]["lr"]))
-            log.add_iteration(metrics, global_step, rows)
-            state = {
-                "version": CHECKPOINT_VERSION,
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "args": vars(args),
-                "rows": rows,
-                "global_step": global_step,
-            }
+            log.add_iteration(losses, numbers, seconds, learning_rate, global_step, rows)
+            state = make_checkpoint(agent, optimizer, args, rows, global_step)
             if is_last or is_stopping or (args.checkpoint_every and iteration % args.checkpoint_every == 0):
                 log.writer.flush()  # a run that is lost from here on has curves up to its checkpoint
                 save_checkpoint(run_dir, f"step-{global_step:012d}", state, args)

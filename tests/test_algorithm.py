@@ -296,13 +296,12 @@ def collect(env_id: str, num_steps: int, rollouts: int = 1, num_envs: int = 2, *
     envs, obs = ppo.make_envs(args, num_envs, seed=1)
     torch.manual_seed(0)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
-    numpy_policy = ppo.make_numpy_policy(agent)
-    rollout, sums = ppo.make_storage(args, agent, obs)
+    rollout, episodes = ppo.make_storage(args, agent, obs)
     rng, results = np.random.default_rng(0), []
     for _ in range(rollouts):
-        ended = ppo.collect_rollout(agent, numpy_policy, envs, rollout, sums, rng, args)
+        ended = ppo.collect_rollout(agent, envs, rollout, episodes, rng, args)
         del ended["rewards"]
-        batch = ppo.make_batch(agent, numpy_policy, rollout, torch.device("cpu"), args)
+        batch = ppo.make_batch(agent, rollout, torch.device("cpu"), args)
         results.append(({name: array.copy() for name, array in rollout.items()}, ended, batch))
     envs.close()
     return agent, results
@@ -392,13 +391,14 @@ def test_a_batch_is_what_the_agent_that_acted_says_of_a_rollout(monkeypatch):
         torch.testing.assert_close(batch[name], tensor, atol=1e-4, rtol=1e-4)
 
 
-def test_a_policy_that_acts_otherwise_than_it_trains_is_an_error():
+def test_a_policy_that_acts_otherwise_than_it_trains_is_an_error(monkeypatch):
     def other_actor(obs):
         return {"logits": np.ones((len(obs), 1, 2), np.float32)}
 
     agent, [(rollout, _, _)] = collect("CartPole-v1", num_steps=8)
+    monkeypatch.setattr(ppo, "make_numpy_policy", lambda agent: other_actor)
     with pytest.raises(SystemExit, match=r"Agent\.forward and make_numpy_policy differ in logits"):
-        ppo.make_batch(agent, other_actor, rollout, torch.device("cpu"), ppo.Args())
+        ppo.make_batch(agent, rollout, torch.device("cpu"), ppo.Args())
 
 
 def test_numbers_of_a_rollout_leave_out_reset_rows():
@@ -538,7 +538,7 @@ def test_the_exchange_is_chosen_by_size_and_place(monkeypatch, ranks, of_machine
 def test_evaluation_is_greedy_and_of_whole_episodes():
     args = ppo.Args(env_id="CartPole-v1", eval_episodes=5, seed=7)
     agent, _ = collect("CartPole-v1", num_steps=8)
-    returns = ppo.evaluate(agent, args)
+    returns = ppo.evaluate(agent, args, None, [])
     for i in range(5):
         env, total, over = gym.make("CartPole-v1"), 0.0, False
         obs, _ = env.reset(seed=10**9 + 7 + i)
@@ -560,7 +560,7 @@ def test_what_follows_an_evaluated_episode_is_not_in_its_return(monkeypatch):
     envs = SimpleNamespace(step=step, close=lambda: None)
     monkeypatch.setattr(ppo, "make_envs", lambda *_: (envs, np.zeros((2, 4))))
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), ppo.Args())
-    assert ppo.evaluate(agent, ppo.Args(eval_episodes=2)).tolist() == [2.0, 1.0]
+    assert ppo.evaluate(agent, ppo.Args(eval_episodes=2), None, []).tolist() == [2.0, 1.0]
 
 
 def test_merged_statistics_are_those_of_all_rows():
@@ -590,9 +590,9 @@ def test_constants_are_normalised_to_zero(size):
 
 def test_discounted_returns_end_with_the_episode_and_cross_rollouts():
     _, results = collect("toy_envs:Truncated-v0", num_steps=15, rollouts=3, normalize_rewards=True, gamma=0.9)
-    got = join(results, "discounted_returns")[:, 0]
-    expected, total = [], 0.0
-    for row in range(45):
+    got = join(results, "discounted_returns")[:, 0]  # each row's is that before its step
+    expected, total = [0.0], 0.0
+    for row in range(44):
         is_reset = row % 11 == 10  # which follows the last of ten steps
         total = 0.0 if is_reset else 0.9 * total + 1.0
         expected.append(total)
@@ -610,7 +610,7 @@ def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
     assert rollout["rewards"].max() == 5
     agent.reward_rms.std[:] = 2.0  # a termination's advantage is its reward less its value
     args = ppo.Args(num_steps=40, num_envs=2, gae_lambda=0.0)
-    scaled = ppo.make_batch(agent, None, rollout, torch.device("cpu"), args)["returns"]
+    scaled = ppo.make_batch(agent, rollout, torch.device("cpu"), args)["returns"]
     assert scaled[6] == pytest.approx(2.5) and batch["returns"][6] == pytest.approx(5.0)
     _, results = collect("toy_envs:Lives-v0", num_steps=20, rollouts=2, episodic_life=True)
     for _, ended, _ in results:  # the second game spans the rollouts
@@ -618,7 +618,7 @@ def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
     # without the flag lives mean nothing: the end of an episode is its end
     for episodic_life, expected in ((True, [60, 60]), (False, [20, 20])):
         args = ppo.Args(env_id="toy_envs:Lives-v0", eval_episodes=2, episodic_life=episodic_life)
-        assert ppo.evaluate(agent, args).tolist() == expected
+        assert ppo.evaluate(agent, args, None, []).tolist() == expected
     _, [(_, ended, _)] = collect("toy_envs:Lives-v0", num_steps=40)
     assert ended["episode_returns"] == 20 * ended["episodes"] > 0
 
@@ -673,13 +673,13 @@ def test_an_action_of_the_wrong_width_is_an_error():
     args = ppo.Args(num_steps=4, env_id="Pendulum-v1")
     envs, obs = ppo.make_envs(args, 4, 0)
     agent = ppo.Agent(envs.single_observation_space, gym.spaces.Box(-2, 2, (2,)), args)
-    rollout, sums = ppo.make_storage(args, agent, obs)
+    rollout, episodes = ppo.make_storage(args, agent, obs)
     agent.actor[-1] = torch.nn.Linear(64, 1)  # where two actions are expected
     agent.log_std = torch.nn.Parameter(torch.zeros(1))
     agent.num_actions = 1
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"Agent.act returns \(4, 1\), not \(4, 2\)"):
-        ppo.collect_rollout(agent, None, envs, rollout, sums, rng, args)
+        ppo.collect_rollout(agent, envs, rollout, episodes, rng, args)
 
 
 KL = [(1e3, 10.0, 1), (-1e3, 1e-9, 3)]

@@ -151,10 +151,10 @@ def test_all_ranks_know_the_folder_of_the_run(tmp_path, mode):
 
 @EAGER
 def test_one_place_sees_every_scalar(tmp_path, mode):
-    add = "        values = [Summary.Value("
+    add = "        for name, value in metrics.items():\n            self.writer"
     rows = (
         '        with open("scalars.csv", "a") as file:\n'
-        '            file.writelines(f"{global_step},{tag},{value}\\n" for tag, value in metrics.items())\n'
+        '            file.writelines(f"{global_step},{name},{value}\\n" for name, value in metrics.items())\n'
     )
     status, output = hack(tmp_path, mode, (add, rows + add), flags=("--eval-every", 1))
     assert status == 0, output

@@ -331,7 +331,7 @@ def test_normalisers_hold_the_statistics_of_all_ranks_and_make_the_evaluation(tm
     agent = ppo.Agent(gym.spaces.Box(-8, 8, (3,)), gym.spaces.Box(-2, 2, (1,)), args)
     agent.load_state_dict(states[0])
     logged = scalars(tmp_path)["Test/cumulative_reward"][-1][1]
-    assert ppo.evaluate(agent, args).mean() == pytest.approx(logged, rel=1e-6)
+    assert ppo.evaluate(agent, args, None, []).mean() == pytest.approx(logged, rel=1e-6)
     for name, buffer in agent.named_buffers():
         assert torch.equal(buffer, states[0][name]), "evaluation must leave the statistics alone"
 

@@ -27,13 +27,13 @@ def length(function: ast.AST) -> int:
 
 @pytest.mark.parametrize("name", [SOURCE, *TWINS])
 def test_a_file_is_no_longer_than_it_has_to_be(name):
-    """Limits that only go down: the goals are 6,500 nodes, 950 lines, and a `main` of 120 lines and 900 nodes."""
+    """Limits that only go down: the goals are 6,500 nodes and 950 lines."""
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
     lines = len(text.splitlines())
-    assert substance(tree) <= 7_045 and lines <= 1_082
+    assert substance(tree) <= 6_945 and lines <= 1_080
     assert substance(tree) / lines <= 7.0
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     main = functions.pop("main")
-    assert length(main) <= 129 and substance(main) <= 945
+    assert length(main) <= 120 and substance(main) <= 900
     assert max(map(length, functions.values())) <= 50

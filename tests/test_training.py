@@ -159,9 +159,9 @@ def test_every_kind_of_space_is_learned(run_main, name):
     notes = run_main(num_envs=8, eval_episodes=0, **puzzle_flags(name))
     args = ppo.Args(env_id=f"toy_envs:{name}-v0", eval_episodes=20)
     agent = notes["agent"]
-    assert ppo.evaluate(agent, args).mean() >= (9.2 if "Box" in name else 9.8)
+    assert ppo.evaluate(agent, args, None, []).mean() >= (9.2 if "Box" in name else 9.8)
     torch.nn.init.zeros_(agent.actor[-1].weight)  # a head that does not see what is shown
-    assert ppo.evaluate(agent, args).mean() < 8
+    assert ppo.evaluate(agent, args, None, []).mean() < 8
 
 
 def test_reset_rows_stay_out_of_the_statistics(run_main):
