@@ -450,19 +450,25 @@ def compute_gae(
 
 
 @torch.no_grad()
+def predict(agent: Agent, rows: Tensors) -> Tensors:
+    """What `Agent.forward` returns for R rows, in chunks that bound the memory."""
+    chunks = []
+    for start in range(0, len(rows["obs"]), CHUNK):
+        chunks.append(agent({name: tensor[start : start + CHUNK] for name, tensor in rows.items()}))
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
 def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) -> Tensors:
     """The R = T * N rows of a rollout to train on, by name; `valid` is 0 for the rows of resets."""
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in rollout.items()}
-    chunks = []
-    for start in range(0, len(rows["obs"]), CHUNK):  # bounds the memory
-        chunks.append(agent({name: tensor[start : start + CHUNK] for name, tensor in rows.items()}))
+    outputs = predict(agent, rows)
     if numpy_policy := make_numpy_policy(agent):
         for name, array in numpy_policy(rows["obs"][:64].numpy()).items():
-            if not np.allclose(array, chunks[0][name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not np.allclose(array, outputs[name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise SystemExit(
                     f"error: Agent.forward and make_numpy_policy differ in {name}: let the latter return None"
                 )
-    values = torch.cat([outputs["values"] for outputs in chunks]).cpu().numpy().reshape(rollout["dones"].shape)
+    values = outputs["values"].cpu().numpy().reshape(rollout["dones"].shape)
     rewards = rollout["rewards"][:-1]
     if agent.reward_rms:
         rewards = (rewards / agent.reward_rms.std.cpu().numpy()).clip(-10, 10)
@@ -477,22 +483,17 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     used_up = ("rewards", "terminations", "dones", "discounted_returns")
     batch = {name: tensor[: rewards.size] for name, tensor in rows.items() if name not in used_up}
     batch |= {name: torch.from_numpy(array).to(device).flatten() for name, array in arrays.items()}
-    batch["logprobs"] = torch.cat([outputs["logprobs"] for outputs in chunks])[: rewards.size]
+    batch["logprobs"] = outputs["logprobs"][: rewards.size]
     return batch
 
 
-@torch.no_grad()
 def recenter(agent: Agent, batch: Tensors) -> None:
     """Clip around the agent that is updated, not the older one that acted; weight the rows by their ratio.
 
     The decoupled objective of Hilton et al. 2021, arXiv:2110.00641, eq. 2. Clipped around the older one, an update
     could go only as far as the update before has left room.
     """
-    logprobs = []
-    for start in range(0, len(batch["obs"]), CHUNK):
-        chunk = {name: tensor[start : start + CHUNK] for name, tensor in batch.items()}
-        logprobs.append(agent(chunk)["logprobs"])
-    logprobs = torch.cat(logprobs)
+    logprobs = predict(agent, batch)["logprobs"]
     batch["advantages"] = batch["advantages"] * (logprobs - batch["logprobs"]).exp()
     batch["logprobs"] = logprobs
 
@@ -1147,8 +1148,7 @@ def train(
 
         # logs, checkpoints and evaluations
         if rank == 0:
-            names = ("trainer_wait", "batch", "communication", "update")
-            seconds = dict(zip(names, np.diff(times), strict=True))
+            seconds = dict(zip(("trainer_wait", "batch", "communication", "update"), np.diff(times), strict=True))
             log.add_iteration(losses, numbers, seconds, learning_rate, global_step, rows)
             metrics = {
                 "Time/rollout": numbers["rollout_seconds"].sum() / args.num_players,

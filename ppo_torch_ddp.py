@@ -434,19 +434,25 @@ def compute_gae(
 
 
 @torch.no_grad()
+def predict(agent: Agent, rows: Tensors) -> Tensors:
+    """What `Agent.forward` returns for R rows, in chunks that bound the memory."""
+    chunks = []
+    for start in range(0, len(rows["obs"]), CHUNK):
+        chunks.append(agent({name: tensor[start : start + CHUNK] for name, tensor in rows.items()}))
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
 def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) -> Tensors:
     """The R = T * N rows of a rollout to train on, by name; `valid` is 0 for the rows of resets."""
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in rollout.items()}
-    chunks = []
-    for start in range(0, len(rows["obs"]), CHUNK):  # bounds the memory
-        chunks.append(agent({name: tensor[start : start + CHUNK] for name, tensor in rows.items()}))
+    outputs = predict(agent, rows)
     if numpy_policy := make_numpy_policy(agent):
         for name, array in numpy_policy(rows["obs"][:64].numpy()).items():
-            if not np.allclose(array, chunks[0][name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not np.allclose(array, outputs[name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise SystemExit(
                     f"error: Agent.forward and make_numpy_policy differ in {name}: let the latter return None"
                 )
-    values = torch.cat([outputs["values"] for outputs in chunks]).cpu().numpy().reshape(rollout["dones"].shape)
+    values = outputs["values"].cpu().numpy().reshape(rollout["dones"].shape)
     rewards = rollout["rewards"][:-1]
     if agent.reward_rms:
         rewards = (rewards / agent.reward_rms.std.cpu().numpy()).clip(-10, 10)
@@ -461,7 +467,7 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     used_up = ("rewards", "terminations", "dones", "discounted_returns")
     batch = {name: tensor[: rewards.size] for name, tensor in rows.items() if name not in used_up}
     batch |= {name: torch.from_numpy(array).to(device).flatten() for name, array in arrays.items()}
-    batch["logprobs"] = torch.cat([outputs["logprobs"] for outputs in chunks])[: rewards.size]
+    batch["logprobs"] = outputs["logprobs"][: rewards.size]
     return batch
 
 
@@ -660,15 +666,15 @@ def gather_numbers(numbers: dict, rank: int, world_size: int, all_reduce: Callab
 
 def connect_ranks(rank: int, world_size: int, broadcast: Callable) -> list[Connection]:
     """Connect rank 0 with all others on this machine; return rank 0's connections in rank order, or the one to it."""
-    key = os.urandom(32)
-    listener = Listener(("localhost", 0), backlog=world_size, authkey=key) if rank == 0 else None
-    address, key = broadcast((listener.address, key) if rank == 0 else None)
     if rank == 0:
-        accepted = [listener.accept() for _ in range(1, world_size)]
-        peers = sorted(accepted, key=lambda peer: int(peer.recv_bytes()))
+        key = os.urandom(32)
+        listener = Listener(("localhost", 0), backlog=world_size, authkey=key)
+        broadcast((listener.address, key))
+        peers = sorted([listener.accept() for _ in range(1, world_size)], key=Connection.recv)
     else:
+        address, key = broadcast(None)
         peers = [Client(address, authkey=key)]
-        peers[0].send_bytes(str(rank).encode())
+        peers[0].send(rank)
     for peer in peers:
         with socket.socket(fileno=os.dup(peer.fileno())) as duplicate:
             duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from twins import DECOUPLED, ROOT, SOURCE, TWINS, definitions
+from twins import DECOUPLED, FABRIC, ROOT, SOURCE, definitions
 
-(FABRIC,) = TWINS
+FILES = (SOURCE, FABRIC, DECOUPLED)
 COUPLED = (SOURCE, FABRIC)
 
 
@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str
-    files: tuple[str, ...] = COUPLED
+    files: tuple[str, ...] = FILES
 
 
 MUTANTS = [
@@ -138,6 +138,7 @@ MUTANTS = [
         '{"state": state["optimizer"]["state"]}',
         "{}",
         "test_checkpoints.py -k stopped_and_resumed",
+        COUPLED,
     ),
     Mutant(
         "a lost run's logs stay",
@@ -173,6 +174,7 @@ MUTANTS = [
         "args.seed + rows + rank * args.num_envs",
         "args.seed + rows",
         "test_launch.py -k no_seed_twice",
+        COUPLED,
     ),
     Mutant(
         "the same actions' noise on all ranks",
@@ -180,6 +182,7 @@ MUTANTS = [
         "(args.seed, rows, 0, rank)",
         "(args.seed, rows, 0, 0)",
         "test_launch.py -k stop_together",
+        COUPLED,
     ),
     Mutant(
         "ranks that share rows shuffle them differently",
@@ -187,6 +190,7 @@ MUTANTS = [
         "0 if args.share_data else rank))",
         "rank))",
         "test_launch.py -k sharing_ranks",
+        COUPLED,
     ),
     Mutant(
         "gradients are not exchanged over TCP",
@@ -224,29 +228,28 @@ MUTANTS = [
         "if True",
         "test_training.py -k frozen",
     ),
-    # the first form of the decoupled file
-    Mutant(
-        "truncation taken for termination, decoupled",
-        "collect_rollout",
-        "actions, reward, terminated\n",
-        "actions, reward, done\n",
-        "test_decoupled.py -k reset_rows_are_marked",
-        (DECOUPLED,),
-    ),
     Mutant(
         "overlap forgets who acted",
-        "recenter",
-        "    log_probs, _, _ = agent(",
-        "    return\n    log_probs, _, _ = agent(",
+        "train",
+        "copy.deepcopy(agent) if args.overlap else agent",
+        "agent",
         "test_decoupled.py -k lags_behind",
         (DECOUPLED,),
     ),
     Mutant(
-        "each trainer decides on the KL divergence",
-        "update",
-        "                group.all_reduce(approx_kl)",
-        "                pass",
-        "test_decoupled.py -k of_all_ranks",
+        "overlap clips around the agent that acted",
+        "recenter",
+        '    batch["logprobs"] = logprobs\n',
+        "",
+        "test_decoupled.py -k recenter",
+        (DECOUPLED,),
+    ),
+    Mutant(
+        "what pads the trainers' parts is experience",
+        "pack_rollout",
+        'is_reset = name == "dones"',
+        "is_reset = False",
+        "test_decoupled.py -k dealt",
         (DECOUPLED,),
     ),
     Mutant(

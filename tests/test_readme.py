@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch import BIN, ROOT, Command, free_port, run, torchrun
 from test_launch import scalars
-from twins import DECOUPLED, SOURCE, TWINS
+from twins import SOURCE, TWINS
 
 README = (ROOT / "README.md").read_text()
 HACKS = README.partition("## How to hack it\n")[2].partition("\n## ")[0]
@@ -98,7 +98,7 @@ def test_every_metric_is_explained():
     _, _, table = README.partition("## Metrics")
     table, _, _ = table.partition("## Flags")
     explained = set(re.findall(r"`(\w+/\w+)`", table))
-    tags = {file: set(re.findall(TAG, (ROOT / file).read_text())) for file in (SOURCE, *TWINS, DECOUPLED)}
+    tags = {file: set(re.findall(TAG, (ROOT / file).read_text())) for file in (SOURCE, *TWINS)}
     for file in (SOURCE, *TWINS):
         source = (ROOT / file).read_text()
         losses = re.findall(r'"(\w+)": ', source.partition("    metrics = {\n")[2].partition("    }\n")[0])
