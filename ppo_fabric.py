@@ -350,7 +350,7 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
 
 
 def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, Arrays]:
-    """Arrays of a rollout, (T + 1, N, ...), and of the episodes under way, (N,).
+    """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
     The last row of each array is the first row of the next rollout. An array that you add here and fill in
     `collect_rollout` reaches `Agent.forward` by its name.
@@ -365,11 +365,11 @@ def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, 
         "discounted_returns": np.zeros(shape, np.float32),  # the one at t counts the rewards before row t
     }
     rollout["obs"][-1] = first_obs.reshape(rollout["obs"][-1].shape)
-    return rollout, {"returns": np.zeros(args.num_envs), "lengths": np.zeros(args.num_envs)}
+    return rollout, {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths")}
 
 
 def collect_rollout(
-    agent: Agent, envs: VectorEnv, rollout: Arrays, episodes: Arrays, rng: np.random.Generator, args: Args
+    agent: Agent, envs: VectorEnv, rollout: Arrays, sums: Arrays, rng: np.random.Generator, args: Args
 ) -> dict:
     """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
 
@@ -380,32 +380,28 @@ def collect_rollout(
     obs = rollout["obs"]
     dones = rollout["dones"]
     rewards = rollout["rewards"]
+    over = dones[1:]
+    if args.episodic_life:  # only a whole game is an episode with a return and a length
+        over = np.zeros(over.shape, bool)
     numpy_policy = make_numpy_policy(agent)
-    noise = agent.make_noise(rewards[:-1].shape, rng)
-    ended = {"episodes": 0, "episode_returns": 0.0, "episode_lengths": 0.0}
+    noise = agent.make_noise(over.shape, rng)
     for t in range(args.num_steps):
         actions = agent.act(obs[t], noise[t], numpy_policy)
         if actions.shape != rollout["actions"][t].shape:
             raise ValueError(f"Agent.act returns {actions.shape}, not {rollout['actions'][t].shape}")
-        next_obs, reward, terminations, truncations, infos = envs.step(agent.to_env(actions))
-        rollout["actions"][t] = actions
-        rollout["terminations"][t] = terminations
-        rewards[t] = reward
+        next_obs, rewards[t], terminations, truncations, infos = envs.step(agent.to_env(actions))
         obs[t + 1] = next_obs.reshape(obs[t + 1].shape)
         dones[t + 1] = terminations | truncations
+        rollout["actions"][t] = actions
+        rollout["terminations"][t] = terminations
+        if args.episodic_life:
+            over[t] = truncations | (terminations & (infos.get("lives", 0) == 0))
 
-        episodes["returns"] += reward
-        episodes["lengths"] += ~dones[t]
-        over = dones[t + 1]
-        if args.episodic_life:  # only a whole game is an episode with a return and a length
-            over = truncations | (terminations & (infos.get("lives", 0) == 0))
-        if over.any():
-            ended["episodes"] += over.sum()
-            for name, sums in episodes.items():
-                ended[f"episode_{name}"] += sums[over].sum()
-                sums[over] = 0
-
-    ended["rewards"] = rewards.sum()
+    ended = {"episodes": over.sum(), "rewards": rewards.sum()}
+    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows of episodes that ended in this rollout
+    for name, rows in (("episode_returns", rewards[:-1]), ("episode_lengths", ~dones[:-1])):
+        ended[name] = sums[name][is_over[0]].sum() + rows[is_over].sum(dtype=float)
+        sums[name] = sums[name] * ~is_over[0] + (rows * ~is_over).sum(0)
     if args.clip_rewards:
         rewards.clip(-1, 1, out=rewards)
     if args.normalize_rewards:
@@ -963,7 +959,7 @@ def main(args: Args) -> None:
     if state:
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-    rollout, episodes = make_storage(args, agent, first_obs)
+    rollout, sums = make_storage(args, agent, first_obs)
 
     # how ranks meet
     exchange = choose_exchange(args, world_size, flat)
@@ -991,7 +987,7 @@ def main(args: Args) -> None:
 
         # rollout: the actor alone steps, then all rows pass through both networks
         times = [time.perf_counter()]
-        ended = collect_rollout(agent, envs, rollout, episodes, action_rng, args)
+        ended = collect_rollout(agent, envs, rollout, sums, action_rng, args)
         batch = make_batch(agent, rollout, device, args)
         times.append(time.perf_counter())
 

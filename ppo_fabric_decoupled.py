@@ -366,7 +366,7 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
 
 
 def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, Arrays]:
-    """Arrays of a rollout, (T + 1, N, ...), and of the episodes under way, (N,).
+    """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
     The last row of each array is the first row of the next rollout. An array that you add here and fill in
     `collect_rollout` reaches `Agent.forward` by its name.
@@ -381,11 +381,11 @@ def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, 
         "discounted_returns": np.zeros(shape, np.float32),  # the one at t counts the rewards before row t
     }
     rollout["obs"][-1] = first_obs.reshape(rollout["obs"][-1].shape)
-    return rollout, {"returns": np.zeros(args.num_envs), "lengths": np.zeros(args.num_envs)}
+    return rollout, {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths")}
 
 
 def collect_rollout(
-    agent: Agent, envs: VectorEnv, rollout: Arrays, episodes: Arrays, rng: np.random.Generator, args: Args
+    agent: Agent, envs: VectorEnv, rollout: Arrays, sums: Arrays, rng: np.random.Generator, args: Args
 ) -> dict:
     """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
 
@@ -396,32 +396,28 @@ def collect_rollout(
     obs = rollout["obs"]
     dones = rollout["dones"]
     rewards = rollout["rewards"]
+    over = dones[1:]
+    if args.episodic_life:  # only a whole game is an episode with a return and a length
+        over = np.zeros(over.shape, bool)
     numpy_policy = make_numpy_policy(agent)
-    noise = agent.make_noise(rewards[:-1].shape, rng)
-    ended = {"episodes": 0, "episode_returns": 0.0, "episode_lengths": 0.0}
+    noise = agent.make_noise(over.shape, rng)
     for t in range(args.num_steps):
         actions = agent.act(obs[t], noise[t], numpy_policy)
         if actions.shape != rollout["actions"][t].shape:
             raise ValueError(f"Agent.act returns {actions.shape}, not {rollout['actions'][t].shape}")
-        next_obs, reward, terminations, truncations, infos = envs.step(agent.to_env(actions))
-        rollout["actions"][t] = actions
-        rollout["terminations"][t] = terminations
-        rewards[t] = reward
+        next_obs, rewards[t], terminations, truncations, infos = envs.step(agent.to_env(actions))
         obs[t + 1] = next_obs.reshape(obs[t + 1].shape)
         dones[t + 1] = terminations | truncations
+        rollout["actions"][t] = actions
+        rollout["terminations"][t] = terminations
+        if args.episodic_life:
+            over[t] = truncations | (terminations & (infos.get("lives", 0) == 0))
 
-        episodes["returns"] += reward
-        episodes["lengths"] += ~dones[t]
-        over = dones[t + 1]
-        if args.episodic_life:  # only a whole game is an episode with a return and a length
-            over = truncations | (terminations & (infos.get("lives", 0) == 0))
-        if over.any():
-            ended["episodes"] += over.sum()
-            for name, sums in episodes.items():
-                ended[f"episode_{name}"] += sums[over].sum()
-                sums[over] = 0
-
-    ended["rewards"] = rewards.sum()
+    ended = {"episodes": over.sum(), "rewards": rewards.sum()}
+    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows of episodes that ended in this rollout
+    for name, rows in (("episode_returns", rewards[:-1]), ("episode_lengths", ~dones[:-1])):
+        ended[name] = sums[name][is_over[0]].sum() + rows[is_over].sum(dtype=float)
+        sums[name] = sums[name] * ~is_over[0] + (rows * ~is_over).sum(0)
     if args.clip_rewards:
         rewards.clip(-1, 1, out=rewards)
     if args.normalize_rewards:
@@ -1027,7 +1023,7 @@ def play(
     """A player's run: collect a rollout, send it, receive the agent; with --overlap the one before the update."""
     rank = agent_group.rank
     num_trainers = rollout_group.world_size - 1
-    rollout, episodes = make_storage(args, agent, first_obs)
+    rollout, sums = make_storage(args, agent, first_obs)
     status = Status.GO_ON
     wait_seconds = 0.0
     for _ in iterations:
@@ -1036,7 +1032,7 @@ def play(
         rng = np.random.default_rng((args.seed, rows, 0, rank))
         error = None
         try:
-            numbers = collect_rollout(agent, envs, rollout, episodes, rng, args)
+            numbers = collect_rollout(agent, envs, rollout, sums, rng, args)
             sent_time = time.perf_counter()
             numbers["stop"] = len(signals)
             numbers["rollout_seconds"] = sent_time - start_time
@@ -1195,8 +1191,10 @@ def main(args: Args) -> None:
         )
     if args.num_players * args.num_envs < len(trainer_ranks):
         raise SystemExit(f"error: --num-envs {args.num_envs} leaves some of {len(trainer_ranks)} trainers without any")
-    if {os.environ.get("LT_PRECISION", "32"), os.environ.get("LT_STRATEGY", "ddp")} - {"32", "32-true", "ddp"}:
+    if os.environ.get("LT_PRECISION", "32") not in ("32", "32-true") or os.environ.get("LT_STRATEGY", "ddp") != "ddp":
         raise SystemExit("error: --precision must be 32-true and --strategy ddp: this file does not use them")
+    if "," in os.environ.get("LT_DEVICES", ""):
+        raise SystemExit("error: --devices must be a number of ranks: choose GPUs with CUDA_VISIBLE_DEVICES")
     rollout_size = args.num_players * args.num_steps * args.num_envs
     num_iterations = args.total_timesteps // rollout_size
     if min(num_iterations, round(rollout_size / len(trainer_ranks) / args.per_rank_batch_size)) == 0:

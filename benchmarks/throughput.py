@@ -127,9 +127,9 @@ class Args:
     command: str = ""
     """a contender of your own: a command that prints a line with `step`, no digits, and the steps so far"""
     file: str = ""
-    """a copy of ppo_torch_ddp.py that was changed, or that of another commit, to race with the shipped one"""
+    """a copy of a shipped file that was changed, or that of another commit, started as the first of --contenders is"""
     ranks: Literal[1, 2] = 1
-    """processes of this file and the shipped one, two with the exchange over TCP"""
+    """processes of this file and of ppo_torch_ddp.py where --contenders names none; two with the exchange over TCP"""
     file_flags: str = ""
     """further flags of this file, written --file-flags='--flag value'"""
     turn: float = 0.0
@@ -267,13 +267,14 @@ def main(args: Args) -> None:
     flags, contenders, peer_flags, turn = WORKLOADS[args.workload]
     turn = args.turn or turn
     own_file = str(Path(args.file).resolve()) if args.file else ""
-    shipped, launcher = (TWO_RANKS, TORCHRUN) if args.ranks == 2 else (BASE, PYTHON)
+    shipped = args.contenders or ((TWO_RANKS,) if args.ranks == 2 else (BASE,))
     if own_file:
         if not Path(own_file).is_file():
             raise SystemExit(f"error: --file {args.file}: there is no such file")
-        contenders = [shipped]
+        contenders = shipped
     commands = {name: contender_command(name, flags, peer_flags) for name in args.contenders or contenders}
     if own_file:
+        launcher, _, _ = CONTENDERS[shipped[0]]
         commands[args.file] = [*launcher, own_file, *flags.split(), "--eval-episodes=0", *shlex.split(args.file_flags)]
     if args.command:  # it runs in a folder of its own
         parts = [str(Path(part).resolve()) if Path(part).is_file() else part for part in shlex.split(args.command)]
@@ -304,7 +305,7 @@ def main(args: Args) -> None:
             # its speed over another's in each race
             "times": {
                 base: [round(a / b, 3) for a, b in zip(values, figures[base], strict=True)]
-                for base in ([shipped] if own_file else [BASE, PEER, ALONE])
+                for base in (shipped[:1] if own_file else [BASE, PEER, ALONE])
                 if base in figures
             },
             "milliseconds_in_last_race": times.get(name, {}),
@@ -331,7 +332,7 @@ def latest(path: Path) -> dict[str, list[dict]]:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: medians and ranges of steps per second and of the ratios within the races."""
-    bases = [base for base in (BASE, PEER, ALONE, TWO_RANKS) if any(base in row["times"] for row in rows)]
+    bases = list(dict.fromkeys(base for row in rows for base in row["times"]))
     lines = [
         f"| contender | steps/s | {' | '.join(f'times {base}' for base in bases)} |",
         "| --- " * (2 + len(bases)) + "|",
