@@ -43,6 +43,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy import ndarray
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, distributed as dist, func, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
@@ -785,9 +786,9 @@ class Log:
         sys.stdout.reconfigure(line_buffering=True)
 
     def add(self, metrics: dict, global_step: int) -> None:
-        """Add a point to the curve of each metric."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
+        """Add a point to the curve of each metric: one event for all is much faster than one each."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self.writer.file_writer.add_summary(Summary(value=values), global_step)
 
     def add_iteration(
         self, losses: Arrays, numbers: Arrays, seconds: dict, learning_rate: float, global_step: int, rows: int

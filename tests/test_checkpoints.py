@@ -1,4 +1,4 @@
-"""No run is lost: checkpoints, resuming, signals and faults of the coupled files, with real signals."""
+"""No run is lost: checkpoints, resuming, signals and faults, with real signals."""
 
 import os
 import pickle
@@ -17,15 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ppo_torch_ddp as ppo
 from launch import ROOT, Command, fabric_run, real_torchrun, run, torchrun, wait_for
 from test_launch import (
+    DECOUPLED,
     FABRIC,
     LAUNCHERS,
     NAMES,
+    PLAYERS,
     REAL_LAUNCHERS,
     SLOW,
     TORCH,
     cases,
     fails,
     fails_with_one_line,
+    fewest_ranks,
     last_line,
 )
 
@@ -33,6 +36,11 @@ TCP, DDP = ["--exchange", "tcp"], ["--exchange", "ddp"]
 CLOCK = ["--env-id", "toy_envs:Clock-v0", "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 2]
 CLOCK += ["--normalize-obs", "--normalize-rewards", "--eval-episodes", 2, "--checkpoint-every", 5]
 TINY = ["--hidden-sizes", 8, "--num-steps", 16, "--per-rank-batch-size", 32, "--update-epochs", 1]
+
+
+def stepping_ranks(file: Path, ranks: int, switches: list) -> int:
+    """The number of ranks that step environments."""
+    return ranks if file != DECOUPLED else 2 if PLAYERS[0] in switches else 1
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -64,9 +72,10 @@ def assert_equal(a, b, path: str = "") -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
-STOPPED = [(TORCH, 1, 0, [])]
+STOPPED = [(TORCH, 1, 0, []), (DECOUPLED, 2, 0, [])]
 MORE = [(TORCH, 2, 1, ["--share-data"]), (TORCH, 2, 0, ["--optimizer", "rmsprop"]), (FABRIC, 2, 0, [])]
-MORE += [(TORCH, 2, 0, DDP)]
+MORE += [(TORCH, 2, 0, DDP), (DECOUPLED, 2, 1, []), (DECOUPLED, 3, 2, [])]
+MORE += [(DECOUPLED, 4, 1, PLAYERS), (DECOUPLED, 4, 3, [*PLAYERS, "--share-data"])]
 STOPPED += [pytest.param(*case, marks=SLOW) for case in MORE]
 
 
@@ -75,7 +84,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(
     tmp_path, file, ranks, stopped_rank, switches
 ):
     """Stopped by SIGTERM to one rank wherever it happens to be; episodes end where the rollouts do."""
-    flags = [file, *CLOCK, "--total-timesteps", 100 * ranks * 4 * 16, *switches]
+    rows = 100 * stepping_ranks(file, ranks, switches) * 4 * 16
+    flags = [file, *CLOCK, "--total-timesteps", rows, *switches]
     for name in ("straight", "stopped"):
         (tmp_path / name).mkdir()
     straight = Command([*LAUNCHERS[file](ranks), *flags], cwd=tmp_path / "straight")
@@ -87,12 +97,12 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_that_was_not(
     last = checkpoints(tmp_path / "stopped")[-1]
     assert f"stopped by a signal: go on with --resume {last.relative_to(tmp_path / 'stopped')}" in output
     global_step = load(last)["global_step"]
-    assert 0 < load(last)["rows"] < 100 * ranks * 4 * 16
+    assert 0 < load(last)["rows"] < rows
     output = run([*LAUNCHERS[file](ranks), *flags, "--resume", "auto"], cwd=tmp_path / "stopped")
     assert f"resuming {last.relative_to(tmp_path / 'stopped')} at step {global_step}" in output
     assert straight.finish()[0] == 0
     ends = [load(checkpoints(tmp_path / name)[-1]) for name in ("straight", "stopped")]
-    assert ends[0]["rows"] == 100 * ranks * 4 * 16
+    assert ends[0]["rows"] == rows
     for end in ends:
         end["args"].pop("resume")
     assert_equal(*ends)
@@ -126,13 +136,14 @@ def test_a_signal_stops_within_an_iteration_and_a_second_one_at_once(tmp_path, v
     assert len(checkpoints(tmp_path)) == 1
 
 
-SIGNALLED = [(TORCH, 1, 0, []), (TORCH, 2, 1, TCP)]
+SIGNALLED = [(TORCH, 1, 0, []), (TORCH, 2, 1, TCP), (DECOUPLED, 2, 1, ["--overlap"])]
 SIGNALLED += [pytest.param(*case, marks=SLOW) for case in ((TORCH, 2, 0, DDP), (FABRIC, 2, 0, []))]
+SIGNALLED += [pytest.param(DECOUPLED, 4, rank, PLAYERS, marks=SLOW) for rank in (2, 3)]
 
 
 @pytest.mark.parametrize("file, ranks, signalled_rank, switches", SIGNALLED, **NAMES)
 def test_a_signal_during_an_update_ends_the_run_with_it(tmp_path, file, ranks, signalled_rank, switches):
-    """One that takes seconds; no rank begins another rollout."""
+    """One that takes seconds; no rank begins another rollout, but for players who have done so before."""
     flags = ["--env-id", "toy_envs:Noted-v0", "--env-kwargs", '{"num_steps":16}', "--num-steps", 16, *switches]
     flags += ["--per-rank-batch-size", 16, "--update-epochs", 1200, "--total-timesteps", 10**6]
     command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
@@ -144,18 +155,23 @@ def test_a_signal_during_an_update_ends_the_run_with_it(tmp_path, file, ranks, s
     _, output = command.finish()
     assert "stopped by a signal" in output, output
     (path,) = checkpoints(tmp_path)
-    assert load(path)["rows"] == 16 * 4 * ranks, output
-    assert not (tmp_path / "rollout-2").exists()
+    assert load(path)["rows"] == 16 * 4 * stepping_ranks(file, ranks, switches), output
+    assert (tmp_path / "rollout-2").exists() == ("--overlap" in switches)
+    assert not (tmp_path / "rollout-3").exists()
 
 
-@pytest.mark.parametrize("file, ranks", [(TORCH, 1), pytest.param(FABRIC, 2, marks=SLOW)], **NAMES)
+EVALUATED = [(TORCH, 1), *(pytest.param(file, 2, marks=SLOW) for file in (FABRIC, DECOUPLED))]
+
+
+@pytest.mark.parametrize("file, ranks", EVALUATED, **NAMES)
 def test_a_signal_ends_an_evaluation(tmp_path, file, ranks):
     """That of an agent whose episodes never end; the last checkpoint is already there."""
-    flags = ["--env-id", "toy_envs:Evaluated-v0", "--env-kwargs", '{"raises":false}', "--total-timesteps", 512 * ranks]
+    rows = 512 * stepping_ranks(file, ranks, [])
+    flags = ["--env-id", "toy_envs:Evaluated-v0", "--env-kwargs", '{"raises":false}', "--total-timesteps", rows]
     command = Command([*REAL_LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
     (path,) = wait_for(lambda: checkpoints(tmp_path))
     time.sleep(1)
-    assert command.is_running() and load(path)["rows"] == 512 * ranks
+    assert command.is_running() and load(path)["rows"] == rows
     os.kill(command.pid, signal.SIGTERM)
     status, _ = command.finish(timeout=20)
     assert status == 143 if ranks == 1 else status != 0
@@ -180,12 +196,16 @@ def test_an_evaluation_that_raises_leaves_the_checkpoint_and_a_resumed_run_evalu
     assert logs["Test/cumulative_reward"] == [(last, 10.0)] and len(logs["Info/learning_rate"]) == 2
 
 
-@pytest.mark.parametrize("file", [TORCH, pytest.param(FABRIC, marks=SLOW)], **NAMES)
+EACH = [TORCH, *(pytest.param(file, marks=SLOW) for file in (FABRIC, DECOUPLED))]
+
+
+@pytest.mark.parametrize("file", EACH, **NAMES)
 def test_rank_0_writes_its_checkpoint_before_the_others_leave(tmp_path, file):
     """A rank that leaves makes the launcher send a signal to the others, here long after the first one."""
     flags = ["--num-steps", 5000, "--update-epochs", 1, "--hidden-sizes", 512, 512, "--checkpoint-every", 1]
     flags += ["--per-rank-batch-size", 2500, "--total-timesteps", 10**8]
-    command = Command([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path)
+    ranks = 3 if file == DECOUPLED else 2
+    command = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
     (first,) = wait_for(lambda: checkpoints(tmp_path), timeout=90)
     os.kill(command.rank_pid(0), signal.SIGTERM)
     status, output = command.finish(timeout=60)
@@ -193,10 +213,14 @@ def test_rank_0_writes_its_checkpoint_before_the_others_leave(tmp_path, file):
 
 
 @SLOW
-@pytest.mark.parametrize("file", [TORCH, FABRIC], **NAMES)
-def test_the_launcher_passes_a_signal_on(tmp_path, file):
-    flags = [*TINY, "--total-timesteps", 10**7, "--vec-env", "async", "--checkpoint-every", 10**6]
-    command = Command([*REAL_LAUNCHERS[file](2), file, *flags], cwd=tmp_path)
+@pytest.mark.parametrize(
+    "file, ranks, switches",
+    [(TORCH, 2, []), (FABRIC, 2, []), (DECOUPLED, 3, []), (DECOUPLED, 4, [*PLAYERS, "--overlap"])],
+    **NAMES,
+)
+def test_the_launcher_passes_a_signal_on(tmp_path, file, ranks, switches):
+    flags = [*TINY, *switches, "--total-timesteps", 10**7, "--vec-env", "async", "--checkpoint-every", 10**6]
+    command = Command([*REAL_LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path)
     wait_for(lambda: list(tmp_path.rglob("events.*")))
     time.sleep(1)
     os.kill(command.pid, signal.SIGTERM)
@@ -245,12 +269,14 @@ def assert_whole(folder: Path, rows: int, rollout: int) -> None:
 
 KILLS = [(TORCH, 2, (1, 0.3), [])]
 MORE_KILLS = [(FABRIC, 2, (0, 0.1), []), (TORCH, 2, (0, 0.2), [*DDP, "--eval-every", 7])]
+MORE_KILLS += [(DECOUPLED, 2, (rank, 0.1), []) for rank in range(2)]
+MORE_KILLS += [(DECOUPLED, 4, (rank, 0.2), [*PLAYERS, "--overlap", "--eval-every", 7]) for rank in range(4)]
 KILLS += [pytest.param(*case, marks=SLOW) for case in MORE_KILLS]
 
 
 @pytest.mark.parametrize("file, ranks, kill, switches", KILLS, **NAMES)
 def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kill, switches):
-    rollout = ranks * 4 * 16
+    rollout = stepping_ranks(file, ranks, switches) * 4 * 16
     flags = [*TINY, "--total-timesteps", 200 * rollout, "--eval-episodes", 1, "--checkpoint-every", 10, *switches]
     kill_and_finish(file, ranks, [*flags, "--resume", "auto"], [kill], tmp_path)
     assert_whole(tmp_path, 200 * rollout, rollout)
@@ -258,7 +284,7 @@ def test_a_killed_rank_costs_no_more_than_an_interval(tmp_path, file, ranks, kil
 
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("file, ranks, runs", [(TORCH, 2, 4), (FABRIC, 2, 1)], **NAMES)
+@pytest.mark.parametrize("file, ranks, runs", [(TORCH, 2, 4), (FABRIC, 2, 1), (DECOUPLED, 3, 1)], **NAMES)
 def test_many_kills_and_a_solved_cartpole(tmp_path, file, ranks, runs):
     """Each rank in turn, at random moments, five kills a run: twenty under torchrun, ten of them with DDP."""
     moments = torch.rand(runs, 5)
@@ -266,9 +292,9 @@ def test_many_kills_and_a_solved_cartpole(tmp_path, file, ranks, runs):
         kills = [((number * 5 + i) % ranks, 2 * float(moments[number, i])) for i in range(5)]
         folder = tmp_path / str(number)
         folder.mkdir()
-        flags = ["--resume", "auto", "--checkpoint-every", 5, *(DDP if number % 2 else TCP)]
-        kill_and_finish(file, ranks, flags, kills, folder)
-        rollout = ranks * 512
+        switches = [] if file == DECOUPLED else DDP if number % 2 else TCP
+        kill_and_finish(file, ranks, ["--resume", "auto", "--checkpoint-every", 5, *switches], kills, folder)
+        rollout = stepping_ranks(file, ranks, []) * 512
         assert_whole(folder, 100_000 // rollout * rollout, rollout)
         assert curves(folder)["Test/cumulative_reward"][-1][1] >= 475
 
@@ -293,9 +319,6 @@ def test_the_last_checkpoints_and_the_best_are_kept(trained):
     assert not list(trained.rglob("incomplete"))
 
 
-EACH = [TORCH, pytest.param(FABRIC, marks=SLOW)]
-
-
 @pytest.mark.parametrize("file", EACH, **NAMES)
 def test_a_saved_agent_is_evaluated_by_any_file(trained, tmp_path, file):
     """In a fresh process it scores what it did at the end of training; the two-rank form does it once."""
@@ -311,16 +334,18 @@ def test_a_saved_agent_is_evaluated_by_any_file(trained, tmp_path, file):
 def test_a_run_goes_on_with_other_ranks_and_in_another_file(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     rows, flags = 4096, [*TINY, "--eval-episodes", 0, "--resume"]
-    for file, ranks in ((TORCH, 2), (FABRIC, 1), (FABRIC, 2), (TORCH, 1)):
+    files = [(TORCH, 2, []), (DECOUPLED, 3, []), (FABRIC, 1, []), (FABRIC, 2, [])]
+    files += [(DECOUPLED, 4, [*PLAYERS, "--overlap"]), (TORCH, 1, [])]
+    for file, ranks, switches in files:
         rows += 1024
         last = checkpoints(tmp_path)[-1]
-        command = [*LAUNCHERS[file](ranks), file, *flags, last, "--total-timesteps", rows]
+        command = [*LAUNCHERS[file](ranks), file, *flags, last, "--total-timesteps", rows, *switches]
         output = run(command, cwd=tmp_path)
-        assert f"resuming {last} at step" in output and f"{ranks} ranks" in output
+        assert f"resuming {last} at step" in output and re.search(f"{ranks} ranks|players", output)
         assert load(checkpoints(tmp_path)[-1])["rows"] == rows
     assert len({path.parent for path in tmp_path.rglob("events.*")}) == 1  # all of it in one directory
     steps = [step for step, _ in curves(tmp_path)["Info/learning_rate"]]
-    assert steps == sorted(set(steps)) and len(steps) == 64 + 8 + 16 + 8 + 16
+    assert steps == sorted(set(steps)) and len(steps) == 64 + 8 + 16 + 16 + 8 + 8 + 16
 
 
 def test_a_complete_run_that_is_resumed_evaluates(trained, tmp_path):
@@ -447,10 +472,11 @@ def test_the_writer_killed_while_it_writes_a_checkpoint(tmp_path, file):
     script = tmp_path / "dies.py"
     script.write_text(DIES_WRITING.format(root=str(ROOT), file=file.stem))
     flags = [*TINY, "--total-timesteps", 2048, "--checkpoint-every", 5, "--eval-episodes", 1, "--resume", "auto"]
-    status, _ = Command([*LAUNCHERS[file](1), script, *flags], cwd=tmp_path).finish()
+    launcher = LAUNCHERS[file](fewest_ranks(file))
+    status, _ = Command([*launcher, script, *flags], cwd=tmp_path).finish()
     assert status != 0 and [load(path)["rows"] for path in checkpoints(tmp_path)] == [5 * 64, 10 * 64]
     assert len(list(tmp_path.rglob("incomplete"))) == 1
-    run([*LAUNCHERS[file](1), file, *flags], cwd=tmp_path)
+    run([*launcher, file, *flags], cwd=tmp_path)
     assert_whole(tmp_path, 2048, 64)
     assert not list(tmp_path.rglob("incomplete"))
 
@@ -493,7 +519,9 @@ FAULTS = {
     "a package that is not there": (TORCH, 1, "--env-id no_such_package:Env-v0", "error: --env-id no_such_package"),
     "a lost environment process": (TORCH, 1, "--env-id toy_envs:Dies-v0 --vec-env async", "Error"),
     "one of two ranks' lost": (TORCH, 2, "--env-id toy_envs:Dies-v0 --vec-env async", "Error"),
+    "a player's": (DECOUPLED, 3, "--env-id toy_envs:Dies-v0 --vec-env async --overlap", "Error"),
     "a wrong shape": (TORCH, 1, "--env-id toy_envs:WrongShape-v0", "ValueError: "),
+    "a player's wrong shape": (DECOUPLED, 2, "--env-id toy_envs:WrongShape-v0", "ValueError: "),
     "a wrong shape, async": (TORCH, 1, "--env-id toy_envs:WrongShape-v0 --vec-env async", "ValueError: "),
 }
 
@@ -512,7 +540,8 @@ def test_faults(tmp_path, case):
     assert not checkpoints(tmp_path)
 
 
-HANGS = [(TORCH, TCP), *(pytest.param(*case, marks=SLOW) for case in ((TORCH, DDP), (FABRIC, TCP), (FABRIC, DDP)))]
+MORE_HANGS = [(TORCH, DDP), (FABRIC, TCP), (FABRIC, DDP), (DECOUPLED, [])]
+HANGS = [(TORCH, TCP), *(pytest.param(*case, marks=SLOW) for case in MORE_HANGS)]
 
 
 @pytest.mark.parametrize("file, switches", HANGS, **NAMES)
@@ -553,12 +582,13 @@ def test_nothing_that_is_not_finite_reaches_a_checkpoint_or_a_curve(tmp_path, fi
     script = tmp_path / "diverges.py"
     script.write_text(DIVERGES.format(root=str(ROOT), file=file.stem))
     flags = [*TINY, "--total-timesteps", 512, "--checkpoint-every", 1, "--keep-checkpoints", 9, "--resume", "auto"]
-    output = raises([*LAUNCHERS[file](1), script, *flags], tmp_path, "error: iteration 3: not finite: ")
+    launcher = LAUNCHERS[file](fewest_ranks(file))
+    output = raises([*launcher, script, *flags], tmp_path, "error: iteration 3: not finite: ")
     assert "grad_norm" in output
     assert [load(path)["rows"] for path in checkpoints(tmp_path)] == [64, 128]
     assert all(tensor.isfinite().all() for tensor in load(checkpoints(tmp_path)[-1])["agent"].values())
     assert len(curves(tmp_path)["Loss/grad_norm"]) == 2
-    run([*LAUNCHERS[file](1), file, *flags], cwd=tmp_path)
+    run([*launcher, file, *flags], cwd=tmp_path)
     assert_whole(tmp_path, 512, 64)
 
 

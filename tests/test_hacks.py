@@ -1,4 +1,4 @@
-"""Ordinary changes to a copy of a coupled file work, or end with a line that names them, in every mode."""
+"""Ordinary changes to a copy of a file work, or end with a line that names them, in every mode."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import Command
-from test_launch import FABRIC, LAUNCHERS, SLOW, TORCH, scalars
+from test_launch import DECOUPLED, FABRIC, LAUNCHERS, PLAYERS, SLOW, TORCH, scalars
 
 MODES = {
     "eager": (TORCH, 1, []),
@@ -20,8 +20,12 @@ MODES = {
     "Fabric": (FABRIC, 2, ["--exchange", "ddp", "--share-data"]),
     "Fabric, tcp": (FABRIC, 2, []),
     "Fabric, compile": (FABRIC, 1, ["--compile"]),
+    "decoupled": (DECOUPLED, 2, []),
+    "decoupled, 4 ranks": (DECOUPLED, 4, PLAYERS),
+    "decoupled, 5 ranks": (DECOUPLED, 5, [*PLAYERS, "--share-data", "--overlap"]),
+    "decoupled, compile": (DECOUPLED, 3, ["--compile", "--overlap"]),
 }
-FAST = ("eager", "tcp", "ddp", "compile")
+FAST = ("eager", "tcp", "ddp", "compile", "decoupled")
 MODE = pytest.mark.parametrize("mode", [m if m in FAST else pytest.param(m, marks=SLOW) for m in MODES])
 # test_training.py has these compiled in its own process
 MODE_BUT_COMPILE = pytest.mark.parametrize(
@@ -129,7 +133,9 @@ def test_a_layer_in_forward_alone_is_an_error(tmp_path, mode):
     assert not list(tmp_path.rglob("step-*.pt"))
 
 
-@pytest.mark.parametrize("mode", ["compile", pytest.param("Fabric, compile", marks=SLOW)])
+@pytest.mark.parametrize(
+    "mode", ["compile", *(pytest.param(f"{file}, compile", marks=SLOW) for file in ("Fabric", "decoupled"))]
+)
 def test_what_cannot_be_compiled_fails_with_the_whole_exception(tmp_path, mode):
     loss = "    entropy_loss = -outputs"
     status, output = hack(tmp_path, mode, (loss, f"    print(float(weights.sum()))\n{loss}"))
@@ -137,7 +143,9 @@ def test_what_cannot_be_compiled_fails_with_the_whole_exception(tmp_path, mode):
     assert not list(tmp_path.rglob("step-*.pt"))
 
 
-@EAGER
+@pytest.mark.parametrize(
+    "mode", ["eager", "tcp", "ddp", *(pytest.param(m, marks=SLOW) for m in ("Fabric", "Fabric, tcp"))]
+)
 def test_all_ranks_know_the_folder_of_the_run(tmp_path, mode):
     start = "    first_iteration = math.ceil(rows / rollout_size) + 1\n"
     saves = (
@@ -151,7 +159,7 @@ def test_all_ranks_know_the_folder_of_the_run(tmp_path, mode):
 
 @EAGER
 def test_one_place_sees_every_scalar(tmp_path, mode):
-    add = "        for name, value in metrics.items():\n            self.writer"
+    add = "        values = [Summary.Value("
     rows = (
         '        with open("scalars.csv", "a") as file:\n'
         '            file.writelines(f"{global_step},{name},{value}\\n" for name, value in metrics.items())\n'

@@ -1,4 +1,4 @@
-"""The coupled files on many ranks; forked ones, and the real launchers where these are what is tested."""
+"""The files on many ranks; forked ones, and the real launchers where these are what is tested."""
 
 import re
 import shutil
@@ -35,7 +35,13 @@ SLOW = pytest.mark.slow
 NAMES = {"ids": lambda value: value.stem if isinstance(value, Path) else None}
 TCP = ["--exchange", "tcp"]
 DDP = ["--exchange", "ddp"]
+PLAYERS = ["--num-players", 2]
 SMALL = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
+
+
+def fewest_ranks(file: Path) -> int:
+    """One, or one player and one trainer."""
+    return 2 if file == DECOUPLED else 1
 
 
 def run_probe(file: Path, folder: Path, *flags, ranks: int = 1, **env: str) -> list[dict]:
@@ -233,7 +239,10 @@ def test_the_coupled_twins_end_with_the_same_bits(tmp_path, env_id, ranks, switc
         assert mine["seeds"] == yours["seeds"]
 
 
-@pytest.mark.parametrize("file, ranks", [(TORCH, 1), pytest.param(FABRIC, 2, marks=SLOW)])
+COMPILERS = [(TORCH, 1), *(pytest.param(file, 2, marks=SLOW) for file in (FABRIC, DECOUPLED))]
+
+
+@pytest.mark.parametrize("file, ranks", COMPILERS, **NAMES)
 def test_a_compiler_that_is_missing_is_named(tmp_path, file, ranks):
     script = tmp_path / "script.py"  # what $CXX sets as torch is imported
     script.write_text(
@@ -285,6 +294,7 @@ VIDEOS = [
     (TORCH, "CartPole-v1", "sync"),
     pytest.param(TORCH, "CartPole-v1", "async", marks=SLOW),
     (FABRIC, "Pendulum-v1", "sync"),
+    (DECOUPLED, "CartPole-v1", "async"),
 ]
 
 
@@ -292,7 +302,9 @@ VIDEOS = [
 def test_a_lone_copy_runs_and_makes_videos(tmp_path, file, env_id, vec_env):
     shutil.copy(file, tmp_path)
     flags = [*SMALL, "--total-timesteps", 2048, "--capture-video", "--env-id", env_id, "--vec-env", vec_env]
-    launcher = real_torchrun(1) if vec_env == "sync" else torchrun(1)  # a fresh process, which has imported nothing
+    launcher = LAUNCHERS[file](fewest_ranks(file))
+    if vec_env == "sync":
+        launcher = real_torchrun(1)  # a fresh process, which has imported nothing
     output = run([*launcher, file.name, *flags], cwd=tmp_path, PYTHONPATH="")
     assert "greedy return" in output
     videos = {path.parent.name.split("-")[0] for path in tmp_path.rglob("*.mp4") if path.stat().st_size > 1000}
@@ -302,14 +314,18 @@ def test_a_lone_copy_runs_and_makes_videos(tmp_path, file, env_id, vec_env):
 KINDS = [name if name == "Float64-Box" else pytest.param(name, marks=SLOW) for name in PUZZLES]
 
 
-@pytest.mark.parametrize("file", [TORCH, pytest.param(FABRIC, marks=SLOW)], **NAMES)  # which has the same bits
+# `ppo_fabric.py` has the same bits
+@pytest.mark.parametrize("file", [TORCH, *(pytest.param(file, marks=SLOW) for file in (FABRIC, DECOUPLED))], **NAMES)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_space_is_learned_on_many_ranks(tmp_path, name, file):
     flags = ["--no-normalize-advantages"]
     for flag, value in puzzle_flags(name).items():
         flags += [f"--{flag.replace('_', '-')}", value] if value is not False else []
     flags += ["--num-envs", 4, "--per-rank-batch-size", 32]
-    run([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path, timeout=120)
+    ranks = 2
+    if file == DECOUPLED:  # one player's eight environments for two trainers are as many rows
+        ranks, flags = 3, [*flags, "--num-envs", 8]
+    run([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path, timeout=120)
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= (9.2 if "Box" in name else 9.8)
 
 
@@ -477,15 +493,17 @@ def test_a_launcher_without_gpus_starts_nothing(tmp_path):
     assert status != 0 and "MisconfigurationException" in output
 
 
-BREAKING = [(TORCH, 0, []), (TORCH, 1, [])]
-BREAKING += [pytest.param(file, rank, DDP, marks=SLOW) for file in (TORCH, FABRIC) for rank in range(2)]
+BREAKING = [(TORCH, 2, 0, []), (TORCH, 2, 1, []), (DECOUPLED, 4, 1, [*PLAYERS, "--overlap"])]
+BREAKING += [pytest.param(file, 2, rank, DDP, marks=SLOW) for file in (TORCH, FABRIC) for rank in range(2)]
+BREAKING += [pytest.param(DECOUPLED, ranks, rank, PLAYERS, marks=SLOW) for ranks in (3, 4) for rank in range(2)]
+BREAKING += [pytest.param(DECOUPLED, 3, rank, [*PLAYERS, "--overlap"], marks=SLOW) for rank in range(2)]
 
 
-@pytest.mark.parametrize("file, rank, switches", BREAKING, **NAMES)
-def test_one_rank_that_fails_ends_the_others(tmp_path, file, rank, switches):
+@pytest.mark.parametrize("file, ranks, rank, switches", BREAKING, **NAMES)
+def test_one_rank_that_fails_ends_the_others(tmp_path, file, ranks, rank, switches):
     """The environments of one rank alone raise an exception, in the middle of a rollout."""
     flags = ["--env-id", "toy_envs:Raises-v0", "--env-kwargs", f'{{"rank":{rank}}}', "--eval-episodes", 0, *switches]
-    status, output = Command([*LAUNCHERS[file](2), file, *flags], cwd=tmp_path).finish(30)
+    status, output = Command([*LAUNCHERS[file](ranks), file, *flags], cwd=tmp_path).finish(30)
     assert status != 0
     assert_shown_first("RuntimeError: the simulator broke", output)
     assert not switches or "RuntimeError: the simulator broke" in output.partition("Root Cause")[2], output
