@@ -961,6 +961,7 @@ def main(args: Args) -> None:
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
     rollout, sums = make_storage(args, agent, first_obs)
+    checkpoint = partial(make_checkpoint, agent, optimizer, args)
 
     # how ranks meet
     exchange = choose_exchange(args, world_size, flat)
@@ -1020,13 +1021,12 @@ def main(args: Args) -> None:
         if rank == 0:
             seconds = dict(zip(("rollout", "communication", "update"), np.diff(times), strict=True))
             log.add_iteration(losses, numbers, seconds, learning_rate, global_step, rows)
-            state = make_checkpoint(agent, optimizer, args, rows, global_step)
             if is_last or is_stopping or (args.checkpoint_every and iteration % args.checkpoint_every == 0):
                 log.writer.flush()  # a run that is lost from here on has curves up to its checkpoint
-                save_checkpoint(run_dir, f"step-{global_step:012d}", state, args)
+                save_checkpoint(run_dir, f"step-{global_step:012d}", checkpoint(rows, global_step), args)
                 log.add({"Time/checkpoint": time.perf_counter() - times[-1]}, global_step)
             if args.eval_every and iteration % args.eval_every == 0 and not is_last and not is_stopping:
-                evaluate_and_keep_best(agent, args, run_dir, log, state, signals)
+                evaluate_and_keep_best(agent, args, run_dir, log, checkpoint(rows, global_step), signals)
         if is_stopping:
             break
 
@@ -1034,7 +1034,7 @@ def main(args: Args) -> None:
     envs.close()
     if rank == 0:
         if args.eval_episodes and not is_stopping:
-            evaluate_and_keep_best(agent, args, run_dir, log, state, signals)
+            evaluate_and_keep_best(agent, args, run_dir, log, checkpoint(rows, global_step), signals)
         log.writer.close()
         log.progress.close()
         if is_stopping:

@@ -725,25 +725,38 @@ def deal(array: ndarray, first_env: int, trainer: int, num_trainers: int, paddin
 
 
 def pack_rollout(rollout: Arrays, numbers: dict, args: Args, rank: int, num_trainers: int) -> tuple[dict, list]:
-    """What a player sends: a head that describes it, and of each array a list of tensors of bytes, one per trainer."""
+    """What a player sends: a head that describes it, and for each trainer the bytes of its part of all arrays."""
     head = {"numbers": {name: float(number) for name, number in numbers.items()}, "columns": {}}
-    parts = []
+    parts = [[] for _ in range(num_trainers)]
     for name, array in rollout.items():
         if array.shape[:2] != (args.num_steps + 1, args.num_envs):
             raise ValueError(f"rollout[{name!r}] is {array.shape}, not (num_steps + 1, num_envs, ...)")
-        head["columns"][name] = (array.dtype.str, array.shape[2:])
-        is_reset = name == "dones"  # what pads is no experience
-        dealt = [deal(array, rank * args.num_envs, i, num_trainers, is_reset) for i in range(num_trainers)]
-        parts.append([torch.from_numpy(part.view(np.uint8)) for part in dealt])
-    return head, parts
+        for trainer, part in enumerate(parts):
+            is_reset = name == "dones"  # what pads is no experience
+            dealt = deal(array, rank * args.num_envs, trainer, num_trainers, is_reset)
+            part.append(dealt.view(np.uint8).ravel())
+        head["columns"][name] = (dealt.dtype.str, dealt.shape)
+    packed = [torch.from_numpy(np.concatenate(part)) for part in parts]
+    head["bytes"] = len(packed[0])
+    return head, packed
 
 
-def send_rollout(head: dict, parts: list, group: TorchCollective, rank: int) -> None:
-    """Send the head in JSON, and scatter the arrays."""
+def send_rollout(head: dict, packed: list[Tensor], group: TorchCollective, rank: int) -> None:
+    """Send the head in JSON, and scatter the parts."""
     text = json.dumps(head).encode().ljust(HEAD_BYTES)
     group.broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8), rank)
-    for tensors in parts:
-        group.scatter(torch.empty_like(tensors[0]), [tensors[0], *tensors], rank)  # the first is the player's own
+    if packed:
+        group.scatter(torch.empty_like(packed[0]), [packed[0], *packed], rank)  # the first is the player's own
+
+
+def unpack_rollout(columns: dict, packed: ndarray) -> Arrays:
+    """The arrays whose bytes are packed one after the other, with the types and shapes that the head has told."""
+    rollout = {}
+    for name, (dtype, shape) in columns.items():
+        size = np.dtype(dtype).itemsize * math.prod(shape)
+        rollout[name] = packed[:size].view(dtype).reshape(shape)
+        packed = packed[size:]
+    return rollout
 
 
 def floating_state(agent: Agent) -> list[Tensor]:
@@ -787,13 +800,11 @@ class Players:
             text = torch.empty(HEAD_BYTES, dtype=torch.uint8)
             group.broadcast(text, player)
             heads.append(json.loads(text.numpy().tobytes()))
-            num_envs = math.ceil(self.args.num_envs / (group.world_size - 1))
-            parts.append({})
-            for name, (dtype, shape) in heads[-1]["columns"].items():
-                array = np.empty((self.args.num_steps + 1, num_envs, *shape), dtype)
-                group.scatter(torch.from_numpy(array.view(np.uint8)), [], player)
-                parts[-1][name] = array
-        if any("failed" in head for head in heads):
+            if "failed" not in heads[-1]:
+                packed = torch.empty(heads[-1]["bytes"], dtype=torch.uint8)
+                group.scatter(packed, [], player)
+                parts.append(unpack_rollout(heads[-1]["columns"], packed.numpy()))
+        if len(parts) < len(heads):
             return None
         for head in heads:
             for name, column in (heads[0]["columns"] | head["columns"]).items():
@@ -1038,13 +1049,13 @@ def play(
             numbers["stop"] = len(signals)
             numbers["rollout_seconds"] = sent_time - start_time
             numbers["wait_seconds"] = wait_seconds  # of the iteration before
-            head, parts = pack_rollout(rollout, numbers, args, rank, num_trainers)
+            head, packed = pack_rollout(rollout, numbers, args, rank, num_trainers)
         except Exception as failure:  # the others hear of it before they see this rank leave
             error = failure
-            head, parts = {"columns": {}, "failed": True}, []
+            head, packed = {"failed": True}, []
 
         # communication
-        send_rollout(head, parts, rollout_group, rank)
+        send_rollout(head, packed, rollout_group, rank)
         status = receive_agent(agent, agent_group, args.num_players)
         if error:
             raise error
@@ -1086,6 +1097,7 @@ def train(
     optimizer, flat = make_optimizer(agent, args)
     if state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+    checkpoint = partial(make_checkpoint, agent, optimizer, args)
     gather = partial(gather_numbers, rank=rank, world_size=num_trainers, all_reduce=trainers.all_reduce, device=device)
     uses_ddp = num_trainers > 1 and not args.compile
     model = DistributedDataParallel(agent, process_group=trainers.group) if uses_ddp else agent
@@ -1153,13 +1165,12 @@ def train(
                 "Info/policy_lag": min(iteration - iterations.start, args.overlap),
             }
             log.add(metrics, global_step)
-            state = make_checkpoint(agent, optimizer, args, rows, global_step)
             if is_last or is_stopping or (args.checkpoint_every and iteration % args.checkpoint_every == 0):
                 log.writer.flush()  # a run that is lost from here on has curves up to its checkpoint
-                save_checkpoint(run_dir, f"step-{global_step:012d}", state, args)
+                save_checkpoint(run_dir, f"step-{global_step:012d}", checkpoint(rows, global_step), args)
                 log.add({"Time/checkpoint": time.perf_counter() - times[-1]}, global_step)
             if args.eval_every and iteration % args.eval_every == 0 and not is_last and not is_stopping:
-                evaluate_and_keep_best(agent, args, run_dir, log, state, signals)
+                evaluate_and_keep_best(agent, args, run_dir, log, checkpoint(rows, global_step), signals)
         if is_stopping:
             status = Status.STOPPED
             break
@@ -1167,7 +1178,7 @@ def train(
     # the end
     if rank == 0:
         if args.eval_episodes and status == Status.DONE:
-            evaluate_and_keep_best(agent, args, run_dir, log, state, signals)
+            evaluate_and_keep_best(agent, args, run_dir, log, checkpoint(rows, global_step), signals)
         log.writer.close()
         log.progress.close()
         if status == Status.STOPPED:
