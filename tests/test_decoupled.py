@@ -92,7 +92,7 @@ def test_gpus_are_those_of_the_trainers_first(monkeypatch):
 
 
 SAME = [[], pytest.param(PENDULUM, marks=SLOW), pytest.param(["--compile"], marks=SLOW)]
-SAME += [pytest.param([*SHARED, "--env-id", "toy_envs:MixedBox-v0"], marks=SLOW)]
+SAME += [pytest.param([*SHARED, "--env-id", "toy_envs:Lives-v0", "--episodic-life", "--clip-rewards"], marks=SLOW)]
 
 
 @pytest.mark.parametrize("switches", SAME, ids=" ".join)
@@ -196,7 +196,7 @@ def test_trainers_stop_together_on_target_kl(tmp_path):
 
 @pytest.mark.parametrize("switches", [["--overlap"], pytest.param([], marks=SLOW)])
 def test_the_times_explain_the_iteration(tmp_path, switches):
-    run_probe(DECOUPLED, tmp_path, *SMALL, "--total-timesteps", 4096, "--update-epochs", 8, *switches, ranks=2)
+    run_probe(DECOUPLED, tmp_path, *SMALL, "--total-timesteps", 4096, "--update-epochs", 40, *switches, ranks=2)
     (events,) = {path.parent for path in tmp_path.rglob("events.*")}
     log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
     times = {tag: np.array([point.value for point in log.Scalars(tag)]) for tag in log.Tags()["scalars"]}
@@ -207,4 +207,4 @@ def test_the_times_explain_the_iteration(tmp_path, switches):
     if not switches:  # they take turns: the trainer waits while the player steps, and the other way round
         player = times["Time/rollout"][1:] + times["Time/player_wait"][1:]
         assert np.median(player / trainer[1:]) == pytest.approx(1, abs=0.25)
-        assert np.median(times["Time/trainer_wait"] / times["Time/rollout"]) == pytest.approx(1, abs=0.3)
+        assert np.median(times["Time/trainer_wait"] / times["Time/rollout"]) > 0.7
