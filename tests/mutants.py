@@ -233,7 +233,7 @@ MUTANTS = [
         "train",
         "copy.deepcopy(agent) if args.overlap else agent",
         "agent",
-        "test_decoupled.py -k lags_behind",
+        "test_decoupled.py -k corrects",
         (DECOUPLED,),
     ),
     Mutant(
