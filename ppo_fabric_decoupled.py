@@ -714,9 +714,9 @@ def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> N
 
 
 def deal(array: ndarray, first_env: int, trainer: int, num_trainers: int, padding: bool) -> ndarray:
-    """Of a player's array (T + 1, N, ...) the environments of a trainer: those whose number is its own modulo trainers.
+    """A trainer's environments of a player's array (T + 1, N, ...): environment i goes to trainer i modulo trainers.
 
-    The player's environments are numbered from `first_env`. All trainers get as many, with padding.
+    The player's environments are numbered from `first_env`. Padding gives all trainers the same number of them.
     """
     mine = array[:, (trainer - first_env) % num_trainers :: num_trainers]
     dealt = np.full((len(array), math.ceil(array.shape[1] / num_trainers), *array.shape[2:]), padding, array.dtype)
@@ -732,7 +732,7 @@ def pack_rollout(rollout: Arrays, numbers: dict, args: Args, rank: int, num_trai
         if array.shape[:2] != (args.num_steps + 1, args.num_envs):
             raise ValueError(f"rollout[{name!r}] is {array.shape}, not (num_steps + 1, num_envs, ...)")
         for trainer, part in enumerate(parts):
-            is_reset = name == "dones"  # what pads is no experience
+            is_reset = name == "dones"  # padding is marked as resets, which are no experience
             dealt = deal(array, rank * args.num_envs, trainer, num_trainers, is_reset)
             part.append(dealt.view(np.uint8).ravel())
         head["columns"][name] = (dealt.dtype.str, dealt.shape)
@@ -750,7 +750,7 @@ def send_rollout(head: dict, packed: list[Tensor], group: TorchCollective, rank:
 
 
 def unpack_rollout(columns: dict, packed: ndarray) -> Arrays:
-    """The arrays whose bytes are packed one after the other, with the types and shapes that the head has told."""
+    """Cut the bytes of a trainer's part into arrays; `columns` are their types and shapes, from the head."""
     rollout = {}
     for name, (dtype, shape) in columns.items():
         size = np.dtype(dtype).itemsize * math.prod(shape)
@@ -1016,7 +1016,7 @@ def choose_device(args: Args, rank: int) -> torch.device:
         gpu = min(gpu, rank - args.num_players)
     if torch.cuda.device_count() <= gpu:
         flag = "--player-on-gpu" if args.player_on_gpu else "--cuda"
-        raise SystemExit(f"error: {flag} needs more GPUs than the {torch.cuda.device_count()} here: leave {flag} away")
+        raise SystemExit(f"error: {flag} needs more GPUs than the {torch.cuda.device_count()} here: leave {flag} out")
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
 
@@ -1032,7 +1032,7 @@ def play(
     agent_group: TorchCollective,
     signals: list,
 ) -> Status:
-    """A player's run: collect a rollout, send it, receive the agent; with --overlap the one before the update."""
+    """A player's run: collect a rollout, send it, receive the agent, with --overlap as it was before the update."""
     rank = agent_group.rank
     num_trainers = rollout_group.world_size - 1
     rollout, sums = make_storage(args, agent, first_obs)
@@ -1063,7 +1063,7 @@ def play(
         rows += args.num_players * args.num_steps * args.num_envs
         if status != Status.GO_ON:
             break
-    if status == Status.GO_ON:  # the last one comes at the end
+    if status == Status.GO_ON:  # with --overlap, and where nothing was left to do: wait for the trainers' end
         status = receive_agent(agent, agent_group, args.num_players)
     envs.close()
     return status

@@ -708,7 +708,7 @@ def choose_exchange(args: Args, world_size: int, parameters: Tensor) -> str:
         return "none"
     can_use_tcp = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and not parameters.is_cuda
     if args.exchange == "tcp" and not can_use_tcp:
-        raise SystemExit("error: --exchange tcp is for CPUs of one machine: leave it away")
+        raise SystemExit("error: --exchange tcp is for CPUs of one machine: leave it out")
     if args.exchange == "auto":
         is_small = world_size <= os.cpu_count() and len(parameters) <= 250_000
         return "tcp" if can_use_tcp and is_small else "ddp"

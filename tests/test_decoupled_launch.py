@@ -75,7 +75,7 @@ BAD_INPUT = {
     "precision": (2, ["--precision=bf16-mixed"], "", "--precision must be 32-true"),
     "strategy": (2, ["--strategy=fsdp"], "", "--strategy ddp"),
     "player on a GPU": (2, [], "--player-on-gpu", "--player-on-gpu needs --cuda"),
-    "no GPU": (2, [], "--cuda", "--cuda needs more GPUs than the 0 here: leave --cuda away"),
+    "no GPU": (2, [], "--cuda", "--cuda needs more GPUs than the 0 here: leave --cuda out"),
     "no GPU for a player": (2, [], "--cuda --player-on-gpu", "--player-on-gpu needs more GPUs than the 0 here"),
     "no size": (2, [], "--num-envs 0", "--num-envs must be at least 1"),
     "zero updates": (2, [], "--total-timesteps 500", "--total-timesteps 500"),
