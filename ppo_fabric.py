@@ -463,6 +463,8 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     }
     used_up = ("rewards", "terminations", "dones", "discounted_returns")
     batch = {name: tensor[: rewards.size] for name, tensor in rows.items() if name not in used_up}
+    if clash := batch.keys() & arrays.keys():
+        raise SystemExit(f"error: make_batch computes {clash}: rename these arrays of the rollout")
     batch |= {name: torch.from_numpy(array).to(device).flatten() for name, array in arrays.items()}
     batch["logprobs"] = outputs["logprobs"][: rewards.size]
     return batch
@@ -509,6 +511,8 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
     """
     groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]
     parameters = [p for group in groups for p in group["params"]]
+    if sorted(map(id, parameters)) != sorted(id(p) for p in agent.parameters() if p.requires_grad):
+        raise SystemExit("error: make_optimizer: each parameter that requires a gradient must be in one group")
     flat = nn.utils.parameters_to_vector(parameters).detach()
     flat.grad = torch.zeros_like(flat)
     nn.utils.vector_to_parameters(flat, parameters)

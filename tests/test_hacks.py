@@ -86,6 +86,26 @@ def test_groups_of_parameters_have_learning_rates_of_their_own(tmp_path, mode):
     assert (trained(tmp_path)["critic.4.bias"] == 1).all() and (trained(tmp_path)["actor.4.bias"] != 1).all()
 
 
+GROUPS_THAT_DO_NOT_FIT = {
+    "one left out": '    groups = [{"params": list(agent.actor.parameters())}]\n',
+    "one twice": '    groups = [{"params": list(agent.parameters())}, {"params": list(agent.critic.parameters())}]\n',
+}
+
+
+@pytest.mark.parametrize("case", GROUPS_THAT_DO_NOT_FIT)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=SLOW) if mode != "eager" else mode for mode in FAST])
+def test_groups_of_parameters_that_do_not_fit_are_refused(tmp_path, mode, case):
+    status, output = hack(tmp_path, mode, (GROUPS, GROUPS_THAT_DO_NOT_FIT[case]))
+    assert status != 0 and "each parameter that requires a gradient must be in one group" in output, output
+
+
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=SLOW) if mode != "eager" else mode for mode in FAST])
+def test_a_column_with_the_name_of_a_computed_one_is_refused(tmp_path, mode):
+    column = '        "terminations": np.zeros(shape, bool),\n'
+    status, output = hack(tmp_path, mode, (column, column + '        "returns": np.zeros(shape, np.float32),\n'))
+    assert status != 0 and "make_batch computes {'returns'}" in output, output
+
+
 @MODE
 def test_a_new_column_and_a_new_metric_reach_loss_and_log(tmp_path, mode):
     column = '        "terminations": np.zeros(shape, bool),\n'
