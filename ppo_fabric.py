@@ -1,8 +1,8 @@
 """Proximal Policy Optimization on many processes, in one file.
 
-Every rank collects a rollout in environments of its own and trains on it; DistributedDataParallel averages the
-gradients, so all ranks hold the same parameters. Plain `python` runs one rank; two on the CPU, eight GPUs and two
-machines are started like this:
+Every rank collects a rollout in environments of its own and trains on it; the ranks average their gradients, so all
+hold the same parameters. Plain `python` runs one rank; two on the CPU, eight GPUs and two machines are started like
+this:
 
     fabric run --accelerator=cpu --strategy=ddp --devices=2 ppo_fabric.py
     fabric run --accelerator=gpu --strategy=ddp --devices=8 ppo_fabric.py
@@ -13,7 +13,6 @@ Compare it with its twin: `diff ppo_torch_ddp.py ppo_fabric.py` shows what Light
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
-import atexit
 import io
 import json
 import math
@@ -24,6 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -42,6 +42,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from lightning.fabric import Fabric
 from numpy import ndarray
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -49,12 +50,13 @@ from torch import Tensor, func, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 Tensors = dict[str, Tensor]
 Arrays = dict[str, ndarray]
-CHECKPOINT_VERSION = 2
-CHUNK = 4096  # rows that pass through the networks at once after a rollout
+CHECKPOINT_VERSION = 2  # raise it when old checkpoints do not fit
+CHUNK = 1024  # rows that pass through the networks at once after a rollout
+INFO_NAMES = ("lives",)  # entries of an environment's info that this file reads
+MAX_FRAMES = 3000  # of a video
 
 
 @dataclass
@@ -66,21 +68,22 @@ class Args:
     capture_video: bool = False  # record the first environment of rank 0 and of evaluations
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
+    eval_max_steps: int = 27_000  # steps after which an evaluation ends with the returns so far
     checkpoint_every: int = 20  # write a checkpoint every so many iterations (0: only at the end)
     keep_checkpoints: int = 3  # keep so many of the last checkpoints, and with eval_every the best one
-    resume: str = ""  # go on from this checkpoint; `auto`: from the last one of the newest run of this name
+    resume: str = ""  # go on from this checkpoint (give the flags again); `auto`: newest of env_id, exp_name, seed
     evaluate: str = ""  # play the agent of this checkpoint, with the flags that it was trained with, and stop
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
     env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
-    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # here, in processes, in its own way, by EnvPool
-    num_envs: int = 4  # environments per rank
+    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # in turn, in processes, its own vector, EnvPool
+    num_envs: int = 4  # environments per rank that steps some
     normalize_obs: bool = False  # normalise vectors by their running mean and deviation over all ranks
-    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    normalize_rewards: bool = False  # divide rewards by the running deviation of discounted returns, clip to -10 .. 10
     clip_rewards: bool = False  # clip rewards to -1 .. 1 (returns are always reported as they are)
-    episodic_life: bool = False  # end an episode with a lost life, while `info["lives"]` are left in the game
+    episodic_life: bool = False  # a lost life ends an episode; the game goes on while `info["lives"]` is above 0
     # algorithm
-    total_timesteps: int = 100_000  # environment steps over all ranks: the iterations that fit in are run
+    total_timesteps: int = 100_000  # environment steps over all ranks, rounded down to whole iterations
     num_steps: int = 128  # steps per environment and rollout
     learning_rate: float = 1e-3  # learning rate of the optimizer
     optimizer: Literal["adam", "rmsprop"] = "adam"  # optimizer of the actor and the critic
@@ -94,18 +97,18 @@ class Args:
     ortho_init: bool = True  # initialise the layers orthogonally
     normalize_advantages: bool = True  # normalise the advantages over the rollouts of all ranks
     clip_coef: float = 0.2  # clip the probability ratio to 1 - clip_coef .. 1 + clip_coef
-    clip_vloss: bool = False  # clip the step of the value function by clip_coef as well
+    clip_vloss: bool = False  # clip the new value to within clip_coef of the old one as well
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # clip the gradient to this norm
     target_kl: float | None = None  # end the update after an epoch whose mean approximate KL divergence is above this
     # distributed
-    per_rank_batch_size: int = 64  # rows per minibatch and rank
+    per_rank_batch_size: int = 64  # rows per minibatch and rank, rounded so that all minibatches have one size
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
-    exchange: Literal["auto", "ddp", "tcp"] = "auto"  # of gradients; tcp: small networks, CPUs of one machine
-    compile: bool = False  # compile the gradient with torch.compile
-    num_threads: int = 1  # torch's CPU threads per rank: networks of this size run slower on more
-    dist_timeout: int = 1800  # seconds that a rank waits for the others, for example while rank 0 evaluates
+    exchange: Literal["auto", "ddp", "tcp"] = "auto"  # of gradients; auto: tcp for small networks on CPUs of a machine
+    compile: bool = False  # compile the train step with torch.compile
+    num_threads: int = 1  # torch's CPU threads per rank: small networks run slower on more
+    dist_timeout: int = 1800  # seconds that ranks wait for one that, for example, evaluates
 
     def __post_init__(self) -> None:
         counts = ("num_envs", "num_steps", "update_epochs", "per_rank_batch_size", "keep_checkpoints", "num_threads")
@@ -114,17 +117,51 @@ class Args:
                 raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
 
 
+class CheckedEnv(gym.Wrapper):
+    """Makes mistakes errors that a vector of environments would pass over, and drops the infos that nobody reads."""
+
+    def reset(self, **kwargs) -> tuple[object, dict]:
+        obs, info = self.call(self.env.reset, **kwargs)
+        space = self.observation_space
+        try:  # in another process it would be cast and broadcast
+            concatenate(space, [obs], create_empty_array(space, 1))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"an observation of shape {np.shape(obs)} does not fit {space}: {error}") from error
+        return obs, {name: info[name] for name in INFO_NAMES if name in info}
+
+    def step(self, action: object) -> tuple[object, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.call(self.env.step, action)
+        reward = np.asarray(reward)
+        if reward.size != 1:
+            raise ValueError(f"the reward has the shape {reward.shape}: it must be one number")
+        return obs, reward.item(), terminated, truncated, {name: info[name] for name in INFO_NAMES if name in info}
+
+    def call(self, method: Callable, *args, **kwargs) -> tuple:
+        try:
+            return method(*args, **kwargs)
+        except SystemExit as error:
+            raise RuntimeError(f"the environment has called sys.exit({error.code})") from error
+
+
+class Video(gym.wrappers.RecordVideo):
+    def _capture_frame(self) -> None:
+        if len(self.recorded_frames) < MAX_FRAMES:
+            super()._capture_frame()
+
+
 def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
-    """One environment, the place for wrappers of your own."""
+    """One environment of --vec-env sync or async, the place for wrappers of your own."""
+    if multiprocessing.current_process().name.startswith("Worker"):
+        os.setpgid(0, 0)  # whatever the environment starts can be ended with it
     kwargs = json.loads(args.env_kwargs)
     if video_dir:
         kwargs["render_mode"] = "rgb_array"
-    env = gym.make(args.env_id, **kwargs)
-    return gym.wrappers.RecordVideo(env, video_dir) if video_dir else env
+    env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    return CheckedEnv(Video(env, video_dir) if video_dir else env)
 
 
-def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, ndarray]:
-    """Make a vector of environments and reset it; the place to plug in your own.
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> tuple[VectorEnv, ndarray, dict]:
+    """Make a vector of environments and reset it, which gives observations and infos; the place to plug in your own.
 
     The autoreset mode must be NEXT_STEP: the step after an episode's end ignores the action, returns the reward 0 and
     the first observation of the next episode.
@@ -143,15 +180,16 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             if args.episodic_life:
                 kwargs["episodic_life"] = True
             envs = import_module("envpool").make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **kwargs)
-            envs = gym.vector.VectorWrapper(envs)
-            envs.observation_space = gym.vector.utils.batch_space(envs.single_observation_space, num_envs)
+            envs = gym.vector.VectorWrapper(envs)  # which has the space of all environments, EnvPool that of one
+            envs.observation_space = batch_space(envs.single_observation_space, num_envs)
         elif args.vec_env == "native":
-            if is_atari:  # with its own episodic_life a lost life would begin a new game
+            if is_atari:  # ALE's own episodic_life would begin a new game with each life
                 kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life}
             envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
         else:
             makers = [partial(make_env, args, video_dir if i == 0 else None) for i in range(num_envs)]
-            envs = (AsyncVectorEnv if args.vec_env == "async" else SyncVectorEnv)(makers, copy=False)
+            options = {"daemon": False} if args.vec_env == "async" else {}  # daemons may not start processes
+            envs = (AsyncVectorEnv if args.vec_env == "async" else SyncVectorEnv)(makers, copy=False, **options)
         if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
             raise ValueError("the autoreset mode must be NEXT_STEP")
         if not isinstance(envs.single_observation_space, spaces.Box):
@@ -161,8 +199,9 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             raise ValueError(
                 f"no policy for {envs.single_action_space}: gymnasium.wrappers.TransformAction can change it"
             )
-        first_obs, _ = envs.reset(seed=None if args.vec_env == "envpool" else seed)  # EnvPool has its seed
-        return envs, first_obs
+        if 0 in (*envs.observation_space.shape, *envs.action_space.shape):
+            raise ValueError("an observation or action of no numbers")
+        return envs, *envs.reset(seed=None if args.vec_env == "envpool" else seed)  # EnvPool has its seed
     except (gym.error.Error, ImportError, AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         flags = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} --vec-env {args.vec_env}"
         raise SystemExit(f"error: {flags}: {error}") from None
@@ -185,7 +224,7 @@ class RunningMeanStd(nn.Module):
         new_rows, deviations, new_squares = all_reduce(torch.stack([torch.ones_like(x), x, x**2]).sum(1))
         count += new_rows
         mean += deviations / count
-        squares.add_(new_squares - deviations**2 / count).clamp_(min=0)  # rounding may lead below
+        squares.add_(new_squares - deviations**2 / count).clamp_(min=0)  # rounding could make it negative
         self.mean.copy_(mean)
         self.std.copy_((squares / count + 1e-8).sqrt())
 
@@ -212,57 +251,68 @@ class Agent(nn.Module):
         super().__init__()
         self.action_space = action_space
         self.is_discrete = not isinstance(action_space, spaces.Box)
-        if self.is_discrete:  # categoricals; the mask rules out what those with fewer choices do not have
-            binary = np.full(action_space.shape, 2)
-            num_choices = np.reshape(getattr(action_space, "n" if binary.ndim == 0 else "nvec", binary), (-1, 1))
+        if self.is_discrete:  # a categorical per dimension; the mask rules out choices that a smaller one lacks
+            if isinstance(action_space, spaces.MultiBinary):
+                num_choices = np.full(action_space.shape, 2)
+            else:
+                num_choices = action_space.nvec if action_space.shape else action_space.n
+            num_choices = np.reshape(num_choices, (-1, 1))
             mask = torch.from_numpy(-1e9 * (np.arange(num_choices.max()) >= num_choices)).float()
             self.register_buffer("mask", mask, persistent=False)
             self.num_actions = len(mask)
         else:  # Gaussians
             self.num_actions = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
-            is_bounded = np.maximum(-action_space.low, action_space.high) < 1e6
-            low = np.where(is_bounded, action_space.low, -1)
-            high = np.where(is_bounded, action_space.high, 1)
+            low = action_space.low.astype(np.float64)
+            high = action_space.high.astype(np.float64)
+            is_bounded = np.maximum(-low, high) < 1e6
+            low[~is_bounded] = -1
+            high[~is_bounded] = 1
             self.scale = (high - low) / 2
             self.center = (high + low) / 2
 
+        self.obs_scale = np.where((obs_space.low == 0) & (obs_space.high == 255), 255, 1).astype(np.float32).ravel()
+        # the CNN needs 36 pixels
         self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1 and sorted(obs_space.shape)[-2] >= 36
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         self.obs_shape = obs_space.shape if self.is_image else (math.prod(obs_space.shape),)
         self.obs_rms = RunningMeanStd(*self.obs_shape) if args.normalize_obs and not self.is_image else None
         self.reward_rms = RunningMeanStd(1) if args.normalize_rewards else None
         layers = [self.obs_rms] if self.obs_rms else []
-        if self.is_image:
-            layers = [Images(), nn.LazyConv2d(32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
-            layers += [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = make_cnn() if self.is_image else nn.Sequential(*layers)
         num_features = self.trunk(torch.zeros(1, *self.obs_shape)).shape[1]
         hidden_sizes = () if self.is_image else args.hidden_sizes
         num_outputs = self.mask.numel() if self.is_discrete else self.num_actions
         self.actor = make_mlp(num_features, hidden_sizes, num_outputs, args.activation_function)
         self.critic = make_mlp(num_features, hidden_sizes, 1, args.activation_function)
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]  # all ranks hold the same
         if args.ortho_init:
             gains = {self.actor[-1]: 0.01, self.critic[-1]: 1.0}
             for layer in self.modules():
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                     nn.init.zeros_(layer.bias)
+        # layers of your own go here: before, they would change the initial actor and critic of a seed
 
-    def policy(self, output: Tensor | ndarray, head: Tensor | ndarray) -> dict:
+        # buffers are equal on all ranks already
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+
+    def policy(self, output: Tensor | ndarray, inputs: dict, mask_or_log_std: Tensor | ndarray) -> dict:
         """Parameters of the action distribution: logits (B, A, choices), or mean and log_std (B, A).
 
-        `output` is the actor's, `head` the mask or `log_std`; both are tensors in training and arrays in acting.
+        `output` is the actor's for `inputs`, which in training are a minibatch and in acting what `from_env` returns.
+        All are tensors in training, and may be arrays in acting.
         """
         if self.is_discrete:
-            return {"logits": output.reshape(-1, *head.shape) + head}
-        return {"mean": output, "log_std": head + 0 * output}
+            return {"logits": output.reshape(-1, *mask_or_log_std.shape) + mask_or_log_std}
+        return {"mean": output, "log_std": mask_or_log_std + 0 * output}  # which gives it the shape (B, A)
 
     def forward(self, minibatch: Tensors) -> Tensors:
-        """Log-probabilities of the actions, entropies and values, each (B,), and what `policy` returns."""
+        """Log-probabilities of the actions, entropies and values, each (B,), and what `policy` returns.
+
+        What you add to these outputs reaches `make_batch` and `ppo_loss` by its name.
+        """
         features = self.trunk(minibatch["obs"])
-        outputs = self.policy(self.actor(features), self.head())
+        outputs = self.policy(self.actor(features), minibatch, self.mask_or_log_std())
         actions = minibatch["actions"]
         if self.is_discrete:
             logprobs = outputs["logits"].log_softmax(-1)
@@ -276,41 +326,54 @@ class Agent(nn.Module):
         outputs["values"] = self.critic(features).squeeze(-1)
         return outputs
 
-    def act(self, obs: ndarray, noise: ndarray | float = 0.0, numpy_policy: Callable | None = None) -> ndarray:
-        """Actions (N, A) for observations (N, ...), greedy without noise: `envs.step(agent.to_env(agent.act(obs)))`.
+    def act(
+        self, inputs: Arrays, rng: np.random.Generator | None = None, numpy_policy: Callable | None = None
+    ) -> ndarray:
+        """Actions (N, A) for what `from_env` returns, random by `rng` or greedy without; `to_env` converts them.
 
         `numpy_policy` is a faster way to compute what `policy` returns.
         """
-        obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
         if numpy_policy:
-            outputs = numpy_policy(obs)
+            outputs = numpy_policy(inputs)
         else:
+            mask_or_log_std = self.mask_or_log_std()
             with torch.no_grad():
-                output = self.actor(self.trunk(torch.as_tensor(obs, device=self.head().device)))
-                outputs = {name: x.cpu().numpy() for name, x in self.policy(output, self.head()).items()}
+                tensors = {name: torch.as_tensor(x, device=mask_or_log_std.device) for name, x in inputs.items()}
+                outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, mask_or_log_std)
+                outputs = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
         if self.is_discrete:
-            return (outputs["logits"] + noise).argmax(-1)
-        return outputs["mean"] + np.exp(outputs["log_std"]) * noise
+            logits = outputs["logits"]
+            return (logits + rng.gumbel(size=logits.shape) if rng else logits).argmax(-1)  # arXiv:1411.0030
+        mean = outputs["mean"]
+        return mean + np.exp(outputs["log_std"]) * rng.standard_normal(mean.shape, np.float32) if rng else mean
 
-    def head(self) -> Tensor:
-        """What `policy` adds to the actor's output: the mask (A, choices), or log_std (A,)."""
+    def mask_or_log_std(self) -> Tensor:
+        """What `policy` needs beside the actor's output: the mask (A, choices), or log_std (A,)."""
         return self.mask if self.is_discrete else self.log_std
 
-    def make_noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> ndarray:
-        """Noise to sample with: Gumbel for discrete actions (arXiv:1411.0030), Gaussian for continuous ones."""
-        if self.is_discrete:
-            return rng.gumbel(size=(*shape, *self.mask.shape)).astype(np.float32)
-        return rng.standard_normal((*shape, self.num_actions), np.float32)
+    def from_env(self, obs: ndarray, infos: dict) -> Arrays:
+        """What N observations and infos give `act` and `forward`, (N, ...) by name; `collect_rollout` stores it.
+
+        `obs` are images, or vectors in which 8-bit numbers become 0 .. 1.
+        """
+        obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
+        return {"obs": obs if self.is_image else obs / self.obs_scale}
 
     def to_env(self, actions: ndarray) -> ndarray:
-        """Actions (N, A) as environments take them: -1 .. 1 scaled to the bounds of a Box where these are finite."""
+        """Actions (N, A) as environments take them: -1 .. 1 scaled to bounds of a Box within 1e6, others clipped."""
         space = self.action_space
         actions = actions.reshape(-1, *space.shape)
         if self.is_discrete:
             return (actions + getattr(space, "start", 0)).astype(space.dtype, copy=False)
-        # a simulator may not survive NaN, which the update then reports
+        # NaN can crash a simulator; it ends the run after the update
         actions = np.nan_to_num(self.center + actions * self.scale)
         return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
+
+
+def make_cnn() -> nn.Sequential:
+    """The layers of Mnih et al. 2015 between images and the two heads."""
+    layers = [Images(), nn.LazyConv2d(32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU())
 
 
 def make_mlp(num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, activation: str) -> nn.Sequential:
@@ -322,18 +385,16 @@ def make_mlp(num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, a
 
 
 def make_numpy_policy(agent: Agent) -> Callable | None:
-    """What `Agent.policy` returns for observations (N, D), in numpy: much faster for few rows. None if not an MLP.
-
-    The arrays share memory with the agent's tensors, so they follow training.
-    """
+    """What `Agent.policy` returns for N inputs, in numpy: much faster for few of them. None if the actor is no MLP."""
     layers = (*agent.trunk, *agent.actor)
     kinds = {type(layer) for layer in layers}
-    if agent.head().is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
+    if agent.mask_or_log_std().is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
         return None
-    head = agent.head().detach().numpy()
+    mask_or_log_std = agent.mask_or_log_std().detach().numpy()
     steps = [(type(layer), [tensor.numpy().T for tensor in layer.state_dict().values()]) for layer in layers]
 
-    def numpy_policy(x: ndarray) -> Arrays:
+    def numpy_policy(inputs: Arrays) -> Arrays:
+        x = inputs["obs"]
         for kind, arrays in steps:
             if kind is nn.Linear:
                 weight, bias = arrays
@@ -345,27 +406,26 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
             else:
                 _, mean, std = arrays
                 x = ((x - mean) / std).clip(-10, 10)
-        return agent.policy(x, head)
+        return agent.policy(x, inputs, mask_or_log_std)
 
     return numpy_policy
 
 
-def make_storage(args: Args, agent: Agent, first_obs: ndarray) -> tuple[Arrays, Arrays]:
+def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[Arrays, Arrays]:
     """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
-    The last row of each array is the first row of the next rollout. An array that you add here and fill in
-    `collect_rollout` reaches `Agent.forward` by its name.
+    Row T of an array becomes row 0 of the next rollout; actions, rewards and terminations have none. An array that you
+    add here and fill in `collect_rollout` reaches `Agent.act` and `Agent.forward` by its name.
     """
     shape = (args.num_steps + 1, args.num_envs)
-    rollout = {
-        "obs": np.zeros((*shape, *agent.obs_shape), agent.obs_dtype),
+    rollout = {name: np.stack([array] * shape[0]) for name, array in agent.from_env(obs, infos).items()}
+    rollout |= {
         "actions": np.zeros((*shape, agent.num_actions), np.int64 if agent.is_discrete else np.float32),
         "rewards": np.zeros(shape, np.float32),
         "terminations": np.zeros(shape, bool),
-        "dones": np.zeros(shape, bool),  # dones[t]: an episode ended just before row t, which is a reset
-        "discounted_returns": np.zeros(shape, np.float32),  # the one at t counts the rewards before row t
+        "resets": np.zeros(shape, bool),  # where an episode ended in the step before, and a new one begins
+        "discounted_returns": np.zeros(shape, np.float32),  # of the rewards of the episode before row t
     }
-    rollout["obs"][-1] = first_obs.reshape(rollout["obs"][-1].shape)
     return rollout, {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths")}
 
 
@@ -374,42 +434,48 @@ def collect_rollout(
 ) -> dict:
     """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
 
-    With NEXT_STEP autoreset `obs[t + 1]` is the final observation of an episode that ended at t.
+    With NEXT_STEP autoreset `obs[t + 1]` is the final observation of an episode that ended at t. That row is a reset:
+    its action is ignored, its reward is 0.
     """
     for array in rollout.values():
         array[0] = array[-1]
-    obs = rollout["obs"]
-    dones = rollout["dones"]
+    resets = rollout["resets"]
     rewards = rollout["rewards"]
-    over = dones[1:]
-    if args.episodic_life:  # only a whole game is an episode with a return and a length
-        over = np.zeros(over.shape, bool)
+    over = np.zeros((args.num_steps, args.num_envs), bool)  # where episodes ended
     numpy_policy = make_numpy_policy(agent)
-    noise = agent.make_noise(over.shape, rng)
     for t in range(args.num_steps):
-        actions = agent.act(obs[t], noise[t], numpy_policy)
+        actions = agent.act({name: array[t] for name, array in rollout.items()}, rng, numpy_policy)
         if actions.shape != rollout["actions"][t].shape:
             raise ValueError(f"Agent.act returns {actions.shape}, not {rollout['actions'][t].shape}")
-        next_obs, rewards[t], terminations, truncations, infos = envs.step(agent.to_env(actions))
-        obs[t + 1] = next_obs.reshape(obs[t + 1].shape)
-        dones[t + 1] = terminations | truncations
+        next_obs, step_rewards, terminations, truncations, infos = envs.step(agent.to_env(actions))
+        for name, array in agent.from_env(next_obs, infos).items():
+            rollout[name][t + 1] = array
         rollout["actions"][t] = actions
+        rewards[t] = step_rewards
         rollout["terminations"][t] = terminations
-        if args.episodic_life:
-            over[t] = truncations | (terminations & (infos.get("lives", 0) == 0))
+        resets[t + 1] = terminations | truncations
+        over[t] = has_ended(terminations, truncations, infos, args)
 
-    ended = {"episodes": over.sum(), "rewards": rewards.sum()}
-    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows of episodes that ended in this rollout
-    for name, rows in (("episode_returns", rewards[:-1]), ("episode_lengths", ~dones[:-1])):
-        ended[name] = sums[name][is_over[0]].sum() + rows[is_over].sum(dtype=float)
-        sums[name] = sums[name] * ~is_over[0] + (rows * ~is_over).sum(0)
-    if args.clip_rewards:
+    ended = {"episodes": over.sum()}
+    ended |= {"observations": rollout["obs"].sum(dtype=float), "rewards": rewards.sum()}  # for `check_finite`
+    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows up to the last end of an episode
+    for name, per_row in (("episode_returns", rewards[:-1]), ("episode_lengths", ~resets[:-1])):
+        ended[name] = sums[name][is_over[0]].sum() + per_row[is_over].sum(dtype=float)
+        sums[name] = sums[name] * ~is_over[0] + (per_row * ~is_over).sum(0, dtype=float)
+    if args.clip_rewards:  # from here on they are what is learned
         rewards.clip(-1, 1, out=rewards)
     if args.normalize_rewards:
-        returns = rollout["discounted_returns"]
+        discounted_returns = rollout["discounted_returns"]
         for t in range(args.num_steps):
-            returns[t + 1] = rewards[t] + args.gamma * ~dones[t] * returns[t]
+            discounted_returns[t + 1] = rewards[t] + args.gamma * ~resets[t] * discounted_returns[t]
     return ended
+
+
+def has_ended(terminations: ndarray, truncations: ndarray, infos: dict, args: Args) -> ndarray:
+    """Whether episodes have ended, (N,); with --episodic-life only a whole game has a return and a length."""
+    if args.episodic_life:
+        terminations = terminations & (infos.get("lives", 0) == 0)
+    return terminations | truncations
 
 
 def compute_gae(
@@ -417,8 +483,9 @@ def compute_gae(
 ) -> ndarray:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), (T, N).
 
-    `values` is (T + 1, N), its row t + 1 that of the observation which step t led to; the others are (T, N), `dones[t]`
-    an episode's end at t. Termination cuts the bootstrap; termination or truncation cuts the trace.
+    `values` is (T + 1, N): row t + 1 is the value of the observation after step t. The others are (T, N); `dones[t]`
+    means that step t ended an episode. Termination cuts the bootstrap; termination or truncation cuts the trace. What
+    is computed for a row of a reset is not used.
     """
     deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
     decays = np.float32(gamma * gae_lambda) * ~dones
@@ -440,43 +507,51 @@ def predict(agent: Agent, rows: Tensors) -> Tensors:
 
 
 def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) -> Tensors:
-    """The R = T * N rows of a rollout to train on, by name; `valid` is 0 for the rows of resets."""
-    rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in rollout.items()}
+    """The R = T * N rows of a rollout to train on, by name; row t * N + n is step t of environment n.
+
+    `valid` is 0 for the rows of resets.
+    """
+    not_in_minibatches = ("rewards", "terminations", "resets", "discounted_returns")
+    arrays = {name: array for name, array in rollout.items() if name not in not_in_minibatches}
+    # (T + 1) * N rows: row i + N follows row i, and may be a last observation that is in no minibatch's `obs`
+    rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in arrays.items()}
     outputs = predict(agent, rows)
     if numpy_policy := make_numpy_policy(agent):
-        for name, array in numpy_policy(rows["obs"][:64].numpy()).items():
+        for name, array in numpy_policy({name: tensor[:64].numpy() for name, tensor in rows.items()}).items():
             if not np.allclose(array, outputs[name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise SystemExit(
                     f"error: Agent.forward and make_numpy_policy differ in {name}: let the latter return None"
                 )
-    values = outputs["values"].cpu().numpy().reshape(rollout["dones"].shape)
+    values = outputs["values"].cpu().numpy().reshape(rollout["resets"].shape)
     rewards = rollout["rewards"][:-1]
     if agent.reward_rms:
         rewards = (rewards / agent.reward_rms.std.cpu().numpy()).clip(-10, 10)
-    dones = rollout["dones"]
-    advantages = compute_gae(rewards, values, rollout["terminations"][:-1], dones[1:], args.gamma, args.gae_lambda)
-    arrays = {
+    resets = rollout["resets"]
+    advantages = compute_gae(rewards, values, rollout["terminations"][:-1], resets[1:], args.gamma, args.gae_lambda)
+    computed = {
         "values": values[:-1],
         "advantages": advantages,
         "returns": advantages + values[:-1],
-        "valid": (~dones[:-1]).astype(np.float32),
+        "valid": (~resets[:-1]).astype(np.float32),
     }
-    used_up = ("rewards", "terminations", "dones", "discounted_returns")
-    batch = {name: tensor[: rewards.size] for name, tensor in rows.items() if name not in used_up}
-    if clash := batch.keys() & arrays.keys():
-        raise SystemExit(f"error: make_batch computes {clash}: rename these arrays of the rollout")
-    batch |= {name: torch.from_numpy(array).to(device).flatten() for name, array in arrays.items()}
+    batch = {name: torch.from_numpy(array).to(device).flatten() for name, array in computed.items()}
     batch["logprobs"] = outputs["logprobs"][: rewards.size]
-    return batch
+    if clash := batch.keys() & rows.keys():
+        raise SystemExit(f"error: make_batch computes {clash}: rename these arrays of the rollout")
+    return batch | {name: tensor[: rewards.size] for name, tensor in rows.items()}
 
 
 def ppo_loss(outputs: Tensors, minibatch: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """PPO's loss (Schulman et al. 2017, eq. 7 and 9), a weighted mean over B rows, and metrics to log."""
+    """PPO's loss (Schulman et al. 2017, eq. 7 and 9), a weighted sum over B rows, and metrics to log.
+
+    Terms of your own go here, for --compile too, and are sums `x @ weights` like these: rows of weight 0 are padding.
+    Metrics are logged as Loss/NAME.
+    """
     weights = minibatch["weights"]
     advantages = minibatch["advantages"]
     logratio = outputs["logprobs"] - minibatch["logprobs"]
     ratio = logratio.exp()
-    # clipped values are constants where they count: `where` has the gradient of `max`, and takes half its time
+    # where a clipped value counts it is a constant: so `where` has the gradient of `max`, and takes half its time
     clipped_ratio = ratio.detach().clamp(1 - args.clip_coef, 1 + args.clip_coef)
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * clipped_ratio
@@ -504,10 +579,11 @@ def ppo_loss(outputs: Tensors, minibatch: Tensors, args: Args) -> tuple[Tensor, 
 
 
 def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Tensor]:
-    """The optimizer, and a vector (P,) of which the parameters that it trains, and their gradients, become views.
+    """The optimizer, and a vector (P,): the parameters become views of it, their gradients views of its `grad`.
 
     To exchange, clip and step one vector is much faster than many tensors. Groups of parameters with options of their
-    own go into `groups`, as for any optimizer of torch.
+    own go into `groups`, as for any optimizer of torch. From here on fill parameters and gradients in place:
+    `zero_grad()` or another `.to()` would cut them off.
     """
     groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]
     parameters = [p for group in groups for p in group["params"]]
@@ -534,7 +610,7 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Set the learning rate of each group to `factor` of its initial one; return that of the first group."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["initial_lr"] * factor)  # a tensor: a number would be compiled in
+        group["lr"] = torch.tensor(group["initial_lr"] * factor)  # torch.compile would compile anew for each number
     return float(optimizer.param_groups[0]["lr"])
 
 
@@ -550,8 +626,8 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
         return ppo_loss(func.functional_call(agent, tensors, (minibatch,)), minibatch, args)
 
     gradient = func.grad(loss_at, has_aux=True)
-    options = {"cpp_wrapper": not agent.head().is_cuda}
-    # what torch's own layers are does not change, and to check it takes time
+    options = {"cpp_wrapper": not agent.mask_or_log_std().is_cuda}
+    # do not check at each call that torch's own layers are what they were
     options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
     return torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
 
@@ -561,17 +637,20 @@ def make_train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     flat: Tensor,
-    all_reduce: Callable | None,
+    reduce_gradients: Callable | None,
     world_size: int,
     fabric: Fabric,
     args: Args,
 ) -> Callable:
     """Make a function that takes an optimizer step on a minibatch and returns metrics.
 
-    `all_reduce` sums the gradients of the ranks; None where DistributedDataParallel, which is then `model`, averages.
+    `reduce_gradients` sums them over the ranks; it is None with one rank, or where `model` averages them.
     """
     gradient = compile_gradient(agent, args) if args.compile else None
     grad = flat.grad
+    step = optimizer.step
+    if args.compile:  # without torch's wrappers for hooks and profiles, which cannot be compiled
+        step = partial(unwrap(type(optimizer).step), optimizer)
 
     def clip_and_step() -> Tensor:
         grad_norm = grad.norm()
@@ -579,9 +658,7 @@ def make_train_step(
         step()
         return grad_norm
 
-    step = optimizer.step
-    if args.compile:  # what torch wraps around the step cannot be compiled
-        step = partial(unwrap(type(optimizer).step), optimizer)
+    if args.compile:
         clip_and_step = torch.compile(clip_and_step, fullgraph=True, dynamic=False)
 
     def train_step(minibatch: Tensors) -> Tensors:
@@ -592,8 +669,8 @@ def make_train_step(
             grad.zero_()
             loss, metrics = ppo_loss(model(minibatch), minibatch, args)
             fabric.backward(loss)
-        if all_reduce:
-            grad.copy_(all_reduce(grad) / world_size)
+        if reduce_gradients:
+            grad.copy_(reduce_gradients(grad) / world_size)
         return metrics | {"grad_norm": clip_and_step()}
 
     return train_step
@@ -604,11 +681,12 @@ def shuffle(
 ) -> Iterator[Tensors]:
     """For each epoch deal the valid of R rows to minibatches; yield `rows` and `weights` (minibatches, B) of a part.
 
-    B is fixed: minibatches that run short are padded with rows of weight 0. `counts` are the numbers of valid rows that
-    are dealt here and on the other ranks: by the weights the mean over the ranks is that over a minibatch's valid rows.
+    Short minibatches are padded with a row of weight 0. `counts` holds the number of valid rows of each rank. With
+    these weights the mean of the ranks' weighted sums is the mean over all valid rows of a minibatch.
     """
     B = math.ceil(len(valid) / num_minibatches / num_parts)
     valid_rows = np.flatnonzero(valid)
+    # valid rows of minibatch m over all ranks: those dealt m, m + num_minibatches, m + 2 * num_minibatches, ...
     sizes = np.ceil((counts[:, None] - np.arange(num_minibatches)) / num_minibatches).sum(0)
     weights = np.zeros((B * num_parts, num_minibatches), np.float32)
     weights.flat[: len(valid_rows)] = 1
@@ -628,9 +706,9 @@ def update(batch: Tensors, train_step: Callable, epochs: Iterator[Tensors], gath
         rows = dealt["rows"].to(batch["obs"].device)
         epoch = {name: tensor[rows] for name, tensor in batch.items()}
         epoch["weights"] = dealt["weights"].to(rows.device)
-        for columns in zip(*epoch.values(), strict=True):
-            history.append(train_step(dict(zip(epoch, columns, strict=True))))
-        if args.target_kl is not None:  # of all ranks, so that none leaves the loop alone
+        for tensors in zip(*epoch.values(), strict=True):
+            history.append(train_step(dict(zip(epoch, tensors, strict=True))))
+        if args.target_kl is not None:  # the mean over all ranks, so that none leaves the loop alone
             approx_kl = sum(metrics["approx_kl"] for metrics in history[-len(rows) :]) / len(rows)
             if gather({"approx_kl": approx_kl})["approx_kl"].mean() > args.target_kl:
                 break
@@ -638,9 +716,9 @@ def update(batch: Tensors, train_step: Callable, epochs: Iterator[Tensors], gath
 
 
 def gather_numbers(numbers: dict, rank: int, world_size: int, all_reduce: Callable, device: torch.device) -> Arrays:
-    """Numbers of all ranks by name, (world_size,) each."""
+    """Numbers of all ranks by name, (world_size,) each; all ranks must call it, with the same names in one order."""
     table = torch.zeros(world_size, len(numbers), dtype=torch.float64, device=device)
-    table[rank] = torch.tensor([float(number) for number in numbers.values()])
+    table[rank] = torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64)
     return dict(zip(numbers, all_reduce(table).T.cpu().numpy(), strict=True))
 
 
@@ -650,7 +728,8 @@ def connect_ranks(rank: int, world_size: int, broadcast: Callable) -> list[Conne
         key = os.urandom(32)
         listener = Listener(("localhost", 0), backlog=world_size, authkey=key)
         broadcast((listener.address, key))
-        peers = sorted([listener.accept() for _ in range(1, world_size)], key=Connection.recv)
+        peers = [listener.accept() for _ in range(1, world_size)]
+        peers.sort(key=Connection.recv)  # each sends its rank
     else:
         address, key = broadcast(None)
         peers = [Client(address, authkey=key)]
@@ -662,7 +741,7 @@ def connect_ranks(rank: int, world_size: int, broadcast: Callable) -> list[Conne
 
 
 def sum_over_tcp(tensor: Tensor, rank: int, peers: list[Connection], timeout: float) -> Tensor:
-    """`sum_over_ranks` over TCP, much faster for small CPU tensors: a rank that waits stays awake for 0.1 s."""
+    """Make each rank's tensor the sum of all, fast if small: a rank that waits spins for 0.1 s, and then sleeps."""
     array = tensor.view(-1).numpy()
     received = np.empty_like(array)
     try:
@@ -680,7 +759,7 @@ def sum_over_tcp(tensor: Tensor, rank: int, peers: list[Connection], timeout: fl
             for peer in peers:
                 peer.send_bytes(array)
     except (EOFError, OSError) as error:
-        time.sleep(1)  # the launcher is to see the rank first that was lost
+        time.sleep(1)  # let the launcher notice the rank first that really failed
         raise SystemExit("error: lost the connection to another rank") from error
     return tensor
 
@@ -699,24 +778,23 @@ def choose_exchange(args: Args, world_size: int, parameters: Tensor) -> str:
 
 
 def rollout_numbers(batch: Tensors) -> dict:
-    """What a rank tells the others of its rollout; a sum is not finite if a part of it is not."""
+    """What a rank tells the others of its rollout; a NaN in the data makes its sum NaN, for `check_finite`."""
     valid = batch["valid"] > 0
     advantages = batch["advantages"][valid].double()
     return {
-        "observations": batch["obs"].sum(dtype=torch.float64),
-        "rows": len(advantages),
+        "valid_rows": len(advantages),
         "advantages": advantages.sum(),
         "squared_advantages": advantages.square().sum(),
-        # advantages are returns less values
+        # of returns less values, which the advantages are
         "explained_variance": 1 - advantages.var(correction=0) / (batch["returns"][valid].var(correction=0) + 1e-12),
     }
 
 
 def normalize(advantages: Tensor, numbers: Arrays) -> Tensor:
     """Advantages with mean 0 and standard deviation 1 over the valid rows of all ranks."""
-    rows = numbers["rows"].sum()
-    mean = numbers["advantages"].sum() / rows
-    variance = numbers["squared_advantages"].sum() / rows - mean**2
+    valid_rows = numbers["valid_rows"].sum()
+    mean = numbers["advantages"].sum() / valid_rows
+    variance = numbers["squared_advantages"].sum() / valid_rows - mean**2
     return (advantages - mean) / (math.sqrt(max(variance, 0.0)) + 1e-8)
 
 
@@ -725,12 +803,14 @@ def check_finite(numbers: Arrays, iteration: int) -> None:
     for name, of_ranks in numbers.items():
         finite = np.isfinite(of_ranks)
         if not finite.all():
-            raise SystemExit(f"error: iteration {iteration}: not finite: {name} of rank {finite.argmin()}")
+            cause = "a wrapper in make_env" if name in ("observations", "rewards") else "a lower --learning-rate"
+            rank = finite.argmin()
+            raise SystemExit(f"error: iteration {iteration}: not finite: {name} of rank {rank}; {cause} may help")
 
 
 def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> None:
     """Merge the valid rows of a rollout into the normalisers of observations and rewards."""
-    is_valid = ~rollout["dones"][:-1]
+    is_valid = ~rollout["resets"][:-1]
     for rms, rows in (
         (agent.obs_rms, rollout["obs"][:-1]),
         (agent.reward_rms, rollout["discounted_returns"][1:, :, None]),
@@ -742,31 +822,33 @@ def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> N
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, video_dir: str | None, signals: list) -> ndarray:
     """Returns (eval_episodes,) of greedy episodes, each in an environment of its own; a signal cuts them short."""
-    envs, obs = make_envs(args, args.eval_episodes, args.seed + 10**9, video_dir)  # seeds that no rollout has
+    print(f"evaluating {args.eval_episodes} episodes", flush=True)
+    envs, obs, infos = make_envs(args, args.eval_episodes, args.seed + 10**9, video_dir)  # seeds that no rollout has
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
-    while running.any() and not signals:
-        obs, rewards, terminations, truncations, infos = envs.step(agent.to_env(agent.act(obs)))
+    for _ in range(args.eval_max_steps):
+        if signals or not running.any():
+            break
+        actions = agent.act(agent.from_env(obs, infos))
+        obs, rewards, terminations, truncations, infos = envs.step(agent.to_env(actions))
         returns += np.where(running, rewards, 0.0)
-        over = terminations
-        if args.episodic_life:
-            over = terminations & (infos.get("lives", 0) == 0)
-        running &= ~(truncations | over)
+        running &= ~has_ended(terminations, truncations, infos, args)
     envs.close()
+    if running.any():
+        print(f"evaluation cut short: {running.sum()} episodes go on after --eval-max-steps or at a signal", flush=True)
     return returns
 
 
 class Log:
-    """Rank 0's log: TensorBoard's curves, and a line now and then, and a progress bar on a terminal."""
+    """Rank 0's log: TensorBoard's curves, and a line now and then."""
 
     def __init__(self, run_dir: str, args: Args, rows: int, global_step: int, total: int):
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
         flags = "".join(f"{name}|{value}\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"flag|value\n-|-\n{flags}", global_step)
-        self.progress = tqdm(initial=rows, total=total, unit="step", disable=not sys.stderr.isatty())
+        self.total = total
         self.next_line = rows
         self.mean_return = math.nan
-        sys.stdout.reconfigure(line_buffering=True)
 
     def add(self, metrics: dict, global_step: int) -> None:
         """Add a point to the curve of each metric: one event for all is much faster than one each."""
@@ -777,7 +859,7 @@ class Log:
         self, losses: Arrays, numbers: Arrays, seconds: dict, learning_rate: float, global_step: int, rows: int
     ) -> None:
         """Add an iteration, of which `losses` and `numbers` are those of all ranks."""
-        speed = numbers["rows"].sum() / sum(seconds.values())
+        speed = numbers["valid_rows"].sum() / sum(seconds.values())
         metrics = {f"Loss/{name}": of_ranks.mean() for name, of_ranks in losses.items()}
         metrics |= {f"Time/{name}": duration for name, duration in seconds.items()}
         metrics["Time/step_per_second"] = speed
@@ -789,25 +871,26 @@ class Log:
             metrics["Rewards/rew_avg"] = self.mean_return
             metrics["Game/ep_len_avg"] = numbers["episode_lengths"].sum() / episodes
         self.add(metrics, global_step)
-        self.progress.update(rows - self.progress.n)
         if rows >= self.next_line:
-            total = self.progress.total
-            self.next_line = rows + total // 20
-            line = f"step {global_step} of {total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
-            self.progress.write(line)
+            self.next_line = rows + self.total // 20
+            line = f"step {rows} of {self.total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
+            print(f"{line}, learning rate {learning_rate:.2g}", flush=True)
 
 
 def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, state: dict, signals: list) -> None:
     """Log the mean return of greedy episodes; with --eval-every keep the best agent as best.pt."""
+    if not args.eval_episodes:
+        return
     step = state["global_step"]
     video_dir = f"{run_dir}/videos/test-step-{step}" if args.capture_video else None
     returns = evaluate(agent, args, video_dir, signals)
     if signals:
         return
     log.add({"Test/cumulative_reward": returns.mean()}, step)
-    log.progress.write(f"step {step}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
+    print(f"step {step}: greedy return {returns.mean():.2f} +- {returns.std():.2f}", flush=True)
     path = f"{run_dir}/checkpoints/best.pt"
-    if args.eval_every and (not os.path.exists(path) or returns.mean() > load_checkpoint(path)["best_return"]):
+    best_return = load_checkpoint(path)["best_return"] if os.path.exists(path) else -math.inf
+    if args.eval_every and returns.mean() > best_return:
         save_checkpoint(run_dir, "best", state | {"best_return": float(returns.mean())}, args)
 
 
@@ -829,7 +912,7 @@ def make_checkpoint(agent: Agent, optimizer: torch.optim.Optimizer, args: Args, 
 
 
 def save_checkpoint(run_dir: str, name: str, state: dict, args: Args) -> None:
-    """Write atomically, whatever ends the program meanwhile; remove all but the last checkpoints."""
+    """Write atomically, whatever ends the program meanwhile; keep only the last --keep-checkpoints."""
     folder = f"{run_dir}/checkpoints"
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -853,7 +936,7 @@ def load_checkpoint(path: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
-    except Exception as error:  # torch has many for a file that is none of its own
+    except Exception as error:  # torch.load raises many kinds for a foreign file
         raise SystemExit(f"error: {path} is no checkpoint of this program: {type(error).__name__}") from None
     if version != CHECKPOINT_VERSION:
         raise SystemExit(f"error: {path} is of version {version}, this program reads version {CHECKPOINT_VERSION}")
@@ -861,16 +944,19 @@ def load_checkpoint(path: str) -> dict:
 
 
 def open_run(args: Args, logs: str) -> tuple[str, dict | None]:
-    """The run's folder below `logs`, and the checkpoint to resume; one that is not its run's last begins a new run."""
+    """The run's folder below `logs` and the checkpoint to resume; one that is not its run's last gets a new folder."""
     prefix = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
     run_dir = f"{prefix}_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     path = args.resume
     if path == "auto":
         path = max(glob(f"{escape(prefix)}_????-??-??_*/checkpoints/step-*.pt"), default="")
+        if not path:
+            print("no checkpoint to resume: a new run begins", flush=True)
     if not path:
         return run_dir, None
     state = load_checkpoint(path)
-    for name in ("env_id", "hidden_sizes", "optimizer", "normalize_obs", "normalize_rewards"):
+    # flags of your own that change the agent belong here
+    for name in ("env_id", "hidden_sizes", "activation_function", "optimizer", "normalize_obs", "normalize_rewards"):
         if state["args"][name] != getattr(args, name):
             raise SystemExit(f"error: {path} was trained with {name} {state['args'][name]}")
     folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
@@ -880,14 +966,21 @@ def open_run(args: Args, logs: str) -> tuple[str, dict | None]:
     return run_dir, state
 
 
+def trained_args(path: str) -> Args:
+    """The arguments that the agent of a checkpoint was trained with, but to evaluate it."""
+    trained = load_checkpoint(path)["args"]
+    trained |= {"capture_video": False, "resume": "", "evaluate": path}
+    return Args(**{name: value for name, value in trained.items() if hasattr(Args, name)})
+
+
 def evaluate_checkpoint(args: Args) -> None:
-    """Play a saved agent on the CPU; flags that are not given are those it was trained with."""
+    """Play a saved agent on the CPU, on rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     path = args.evaluate
     state = load_checkpoint(path)
-    trained = {name: value for name, value in state["args"].items() if name in vars(args)}
-    args = tyro.cli(Args, default=Args(**trained | {"capture_video": False, "resume": ""}))
     torch.set_num_threads(args.num_threads)
-    envs, _ = make_envs(args, 1, args.seed)
+    envs, *_ = make_envs(args, 1, args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     agent.load_state_dict(state["agent"])
     video_dir = f"{os.path.splitext(path)[0]}-videos" if args.capture_video else None
@@ -895,24 +988,57 @@ def evaluate_checkpoint(args: Args) -> None:
     print(f"step {state['global_step']}: greedy return {returns.mean():.2f} +- {returns.std():.2f}")
 
 
-def kill_children() -> None:
-    """End the processes of AsyncVectorEnv, whatever they are doing."""
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
 def catch_signals() -> list[float]:
-    """Note the times of SIGINT and SIGTERM: a run stops after its iteration, or at once by a signal a second later."""
+    """Note the times of SIGINT and SIGTERM: a run stops after its iteration, or at once by one more than 1 s later."""
     times = []
 
-    def handler(number: int, _) -> None:
+    def handler(*_) -> None:
         times.append(time.monotonic())
-        if times[-1] > times[0] + 1:  # else a launcher has passed on the first
-            raise SystemExit(128 + number)
+        if times[-1] > times[0] + 1:  # else it is the launcher's copy of the first
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    with suppress(ValueError):  # in a thread
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
     return times
+
+
+@contextmanager
+def clean_up() -> Iterator[None]:
+    """However a run ends, end the processes of its environments and give back the signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for process in multiprocessing.active_children():
+            if process.name.startswith("Worker"):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+        with suppress(ValueError):  # in a thread
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def check_launcher() -> None:
+    """Refuse launchers that torch does not know: each process would train alone."""
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
+            raise SystemExit(
+                f"error: {name} is {os.environ[name]}: start the ranks with torchrun, as in `srun torchrun`"
+            )
+
+
+def describe(envs: VectorEnv, agent: Agent, args: Args) -> None:
+    """Print which network was built for which observation."""
+    space = envs.single_observation_space
+    kind = type(getattr(envs.unwrapped, "single_observation_space", space)).__name__
+    hidden = "-".join(map(str, args.hidden_sizes))
+    network = "Nature CNN" if agent.is_image else f"{math.prod(agent.obs_shape)} numbers -> MLP {hidden}"
+    print(f"observation: {kind} -> {network}", flush=True)
+    bounds = np.abs([space.low, space.high])[:, space.high != 255]
+    if not agent.is_image and not agent.obs_rms and bounds.max(where=bounds < 1e6, initial=0) > 100:
+        print("observations have bounds beyond 100: --normalize-obs may help", flush=True)
 
 
 def start_fabric(args: Args) -> Fabric:
@@ -931,8 +1057,12 @@ def start_fabric(args: Args) -> Fabric:
     return fabric
 
 
+@clean_up()
 def main(args: Args) -> None:
-    # the run, a new one or a resumed one; before the ranks meet, so that they need not hear of an error
+    if args.evaluate:
+        return evaluate_checkpoint(args)
+
+    # the run, a new one or a resumed one; before the ranks meet, so that none waits if this fails
     opened_run = open_run(args, "logs/fabric_logs") if os.environ.get("RANK", "0") == "0" else None
 
     # ranks and sizes
@@ -941,30 +1071,30 @@ def main(args: Args) -> None:
     broadcast = fabric.broadcast
     run_dir, state = broadcast(opened_run)  # a checkpoint may be on rank 0's machine alone
     rows = state["rows"] if state else 0
-    global_step = state["global_step"] if state else 0  # rows but for those of resets
+    global_step = state["global_step"] if state else 0  # rows without resets
     rollout_size = world_size * args.num_steps * args.num_envs
     num_iterations = args.total_timesteps // rollout_size
-    num_minibatches = round(rollout_size / world_size / args.per_rank_batch_size)
-    if min(num_iterations, num_minibatches) == 0:
+    num_minibatches = round(args.num_steps * args.num_envs / args.per_rank_batch_size)
+    if min(num_iterations, num_minibatches) < 1:
         flags = f"--total-timesteps {args.total_timesteps} or --per-rank-batch-size {args.per_rank_batch_size}"
         raise SystemExit(f"error: {flags} does not fit a rollout of {rollout_size} steps on {world_size} ranks")
 
-    # environments, with seeds of their own in a resumed run too
+    # environments; a resumed run does not replay the seeds of before
     signals = catch_signals()
-    atexit.register(kill_children)
     video_dir = f"{run_dir}/videos/train-from-step-{global_step}" if args.capture_video and rank == 0 else None
-    envs, first_obs = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
+    envs, obs, infos = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
 
     # agent and optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of all ranks: each has random streams of its own below
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer, flat = make_optimizer(agent, args)
     if state:
         agent.load_state_dict(state["agent"])
+        # the learning rates are those of the flags
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-    rollout, sums = make_storage(args, agent, first_obs)
+    rollout, sums = make_storage(args, agent, obs, infos)
     checkpoint = partial(make_checkpoint, agent, optimizer, args)
 
     # how ranks meet
@@ -980,11 +1110,11 @@ def main(args: Args) -> None:
     train_step = make_train_step(agent, model, optimizer, flat, reduce_gradients, world_size, fabric, args)
 
     if rank == 0:
+        describe(envs, agent, args)
         print(f"{run_dir}: {world_size} ranks, {flat.numel()} parameters, exchange: {exchange}", flush=True)
         log = Log(run_dir, args, rows, global_step, num_iterations * rollout_size)
-    first_iteration = math.ceil(rows / rollout_size) + 1
     is_stopping = False
-    for iteration in range(first_iteration, num_iterations + 1):
+    for iteration in range(math.ceil(rows / rollout_size) + 1, num_iterations + 1):
         is_last = iteration == num_iterations
         learning_rate = set_learning_rate(optimizer, 1 - args.anneal_lr * (iteration - 1) / num_iterations)
         # random streams of their own for each iteration and each rank's actions and shuffling
@@ -1005,20 +1135,20 @@ def main(args: Args) -> None:
         if args.share_data and world_size > 1:
             batch = {name: fabric.all_gather(tensor).flatten(0, 1) for name, tensor in batch.items()}
         valid = batch.pop("valid").cpu().numpy() > 0
-        counts = np.array([valid.sum()]) if args.share_data else numbers["rows"]
+        counts = np.array([valid.sum()]) if args.share_data else numbers["valid_rows"]
         part, num_parts = (rank, world_size) if args.share_data else (0, 1)
         epochs = shuffle(valid, counts, num_minibatches, part, num_parts, shuffle_rng)
         times.append(time.perf_counter())
 
         # update; only then the normalisers, as the rollout and its update have to see the same observations
         with fabric.no_backward_sync(model, enabled=not uses_ddp):
-            losses = update(batch, train_step, epochs, gather, args)
-        losses = gather(losses | {"stop": len(signals)})
+            metrics = update(batch, train_step, epochs, gather, args)
+        losses = gather(metrics | {"stop": len(signals)})
         is_stopping = losses.pop("stop").any() and not is_last
         check_finite(losses, iteration)
         update_normalizers(agent, rollout, all_reduce)
         times.append(time.perf_counter())
-        global_step += int(numbers["rows"].sum())
+        global_step += int(numbers["valid_rows"].sum())
         rows += rollout_size
 
         # logs, checkpoints and evaluations
@@ -1037,27 +1167,29 @@ def main(args: Args) -> None:
     # the end
     envs.close()
     if rank == 0:
-        if args.eval_episodes and not is_stopping:
+        if not is_stopping:
             evaluate_and_keep_best(agent, args, run_dir, log, checkpoint(rows, global_step), signals)
         log.writer.close()
-        log.progress.close()
         if is_stopping:
             print(f"stopped by a signal: go on with --resume {list_checkpoints(run_dir)[-1]}")
         print(f"logs, checkpoints and videos: {run_dir}")
     if world_size > 1:
-        fabric.barrier()  # launchers end the others if one leaves, and rank 0 has been writing
-        time.sleep(0.1)  # gloo's threads may hold the last tensor, and need the interpreter (PyTorch issue 190489)
+        fabric.barrier()  # rank 0 has been writing, and a launcher may end it once another has left
+        time.sleep(0.1)  # gloo's threads let go of the last tensor meanwhile (PyTorch issue 190489)
     if is_stopping or signals:
         raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
     try:
+        if {"True", "False"} & {*sys.argv}:
+            raise SystemExit("error: switches are --flag and --no-flag, without True or False")
         args = tyro.cli(Args)
-        if not args.evaluate:
-            main(args)
-        elif os.environ.get("RANK", "0") == "0":
-            evaluate_checkpoint(args)
+        if args.evaluate:  # flags that are not given are those of the training
+            args = tyro.cli(Args, default=trained_args(args.evaluate))
+        else:
+            check_launcher()
+        main(args)
     except (Exception, SystemExit) as error:
         get_error_handler().record_exception(error)  # into the report of torchrun
         raise

@@ -15,7 +15,7 @@ import ppo_torch_ddp as ppo
 
 
 def main(args: ppo.Args) -> None:
-    envs, _ = ppo.make_envs(args, args.num_envs, args.seed)
+    envs, *_ = ppo.make_envs(args, args.num_envs, args.seed)
     actions = [np.stack([envs.single_action_space.sample() for _ in range(args.num_envs)]) for _ in range(64)]
     steps, turn, dones = 0, 0, np.zeros(args.num_envs, dtype=bool)
     while steps < args.total_timesteps:

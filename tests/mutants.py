@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "rows of resets are experience",
         "make_batch",
-        "(~dones[:-1])",
-        "(~dones[:-1] | True)",
+        "(~resets[:-1])",
+        "(~resets[:-1] | True)",
         "test_algorithm.py -k reset_rows",
     ),
     Mutant(
@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "each rank normalises its own advantages",
         "normalize",
-        'numbers["advantages"].sum() / rows',
-        'numbers["advantages"][0] / numbers["rows"][0]',
+        'numbers["advantages"].sum() / valid_rows',
+        'numbers["advantages"][0] / numbers["valid_rows"][0]',
         "test_algorithm.py -k numbers_of_a_rollout",
     ),
     Mutant(
@@ -195,7 +195,7 @@ MUTANTS = [
     Mutant(
         "gradients are not exchanged over TCP",
         "make_train_step",
-        "grad.copy_(all_reduce(grad) / world_size)",
+        "grad.copy_(reduce_gradients(grad) / world_size)",
         "pass",
         "test_launch.py -k over_tcp",
     ),
@@ -217,8 +217,8 @@ MUTANTS = [
     Mutant(
         "a layer is trained and does not act",
         "Agent",
-        "self.policy(self.actor(features), self.head())",
-        "self.policy(self.actor(features) * 1.01, self.head())",
+        "self.policy(self.actor(features), minibatch, self.mask_or_log_std())",
+        "self.policy(self.actor(features) * 1.01, minibatch, self.mask_or_log_std())",
         "test_algorithm.py -k acting_and_training",
     ),
     Mutant(
@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant(
         "what pads the trainers' parts is experience",
         "pack_rollout",
-        'is_reset = name == "dones"',
+        'is_reset = name == "resets"',
         "is_reset = False",
         "test_decoupled.py -k dealt",
         (DECOUPLED,),

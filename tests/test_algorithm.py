@@ -169,8 +169,8 @@ def test_categorical_logprobs_entropy_and_samples(space, choices):
     torch.testing.assert_close(outputs["logprobs"], expected)
     torch.testing.assert_close(outputs["entropy"], sum(reference.entropy() for reference in references))
     torch.testing.assert_close(outputs["values"], agent.critic(obs)[:, 0])
-    noise = agent.make_noise((100_000,), np.random.default_rng(0))
-    sampled, greedy = agent.act(obs[:1].expand(100_000, 3).numpy(), noise), agent.act(obs.numpy())
+    many = {"obs": obs[:1].expand(100_000, 3).numpy()}
+    sampled, greedy = agent.act(many, np.random.default_rng(0)), agent.act({"obs": obs.numpy()})
     for i, (reference, n) in enumerate(zip(references, choices, strict=True)):
         shares = np.bincount(sampled[:, i], minlength=n) / len(sampled)
         np.testing.assert_allclose(shares, reference.probs[0].detach(), atol=0.01, rtol=0)
@@ -192,11 +192,11 @@ def test_sampled_box_actions_follow_the_gaussian():
     agent, obs = make_agent(gym.spaces.Box(-1, 1, (4,))), torch.tensor([[0.3, -0.2, 0.5]])
     torch.nn.init.normal_(agent.actor[-1].weight, generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(agent.log_std, generator=torch.Generator().manual_seed(0))
-    noise = agent.make_noise((100_000,), np.random.default_rng(0))
-    actions, mean = torch.from_numpy(agent.act(obs.numpy(), noise)), agent.actor(obs).detach()
+    many = {"obs": obs.expand(100_000, 3).numpy()}
+    actions, mean = torch.from_numpy(agent.act(many, np.random.default_rng(0))), agent.actor(obs).detach()
     torch.testing.assert_close(actions.mean(0), mean[0], atol=0.04, rtol=0)
     torch.testing.assert_close(actions.std(0), agent.log_std.detach().exp(), atol=0.02, rtol=0.01)
-    torch.testing.assert_close(torch.from_numpy(agent.act(obs.numpy())), mean)
+    torch.testing.assert_close(torch.from_numpy(agent.act({"obs": obs.numpy()})), mean)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "unknown to numpy"])
@@ -213,8 +213,8 @@ def test_acting_and_training_know_the_same_actor(activation, normalize_obs):
     assert (numpy_policy is None) == ("unknown" in activation)
     for _ in range(2):
         expected = agent({"obs": obs, "actions": torch.zeros(50, 4)})["mean"].detach().numpy()
-        np.testing.assert_allclose(agent.act(obs.numpy(), 0.0, numpy_policy), expected, atol=1e-5)
-        np.testing.assert_allclose(agent.act(obs.numpy()), expected, atol=1e-5)
+        np.testing.assert_allclose(agent.act({"obs": obs.numpy()}, None, numpy_policy), expected, atol=1e-5)
+        np.testing.assert_allclose(agent.act({"obs": obs.numpy()}), expected, atol=1e-5)
         flat += 0.1 * torch.randn_like(flat)
         if normalize_obs:
             agent.obs_rms.update(5 + 3 * torch.randn(100, 3), lambda tensor: tensor)
@@ -293,14 +293,14 @@ def test_ranks_with_fewer_valid_rows_weigh_less():
 def collect(env_id: str, num_steps: int, rollouts: int = 1, num_envs: int = 2, **flags):
     """The agent, and of each rollout its arrays, the numbers of its episodes, and its batch."""
     args = ppo.Args(env_id=env_id, num_steps=num_steps, num_envs=num_envs, **flags)
-    envs, obs = ppo.make_envs(args, num_envs, seed=1)
+    envs, obs, infos = ppo.make_envs(args, num_envs, seed=1)
     torch.manual_seed(0)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
-    rollout, episodes = ppo.make_storage(args, agent, obs)
+    rollout, episodes = ppo.make_storage(args, agent, obs, infos)
     rng, results = np.random.default_rng(0), []
     for _ in range(rollouts):
         ended = ppo.collect_rollout(agent, envs, rollout, episodes, rng, args)
-        del ended["rewards"]
+        del ended["rewards"], ended["observations"]
         batch = ppo.make_batch(agent, rollout, torch.device("cpu"), args)
         results.append(({name: array.copy() for name, array in rollout.items()}, ended, batch))
     envs.close()
@@ -315,7 +315,7 @@ def join(results: list, name: str) -> np.ndarray:
 def test_reset_rows_are_marked_and_counted_nowhere():
     """Episodes of 10 steps and a reset row after each: rows 10, 21, 32, ... of the run are no experience."""
     _, results = collect("toy_envs:Truncated-v0", num_steps=15, rollouts=3)
-    resets = join(results, "dones")
+    resets = join(results, "resets")
     assert np.flatnonzero(resets[:, 0]).tolist() == [10, 21, 32, 43]
     rewards = join(results, "rewards")
     assert (rewards[~resets] == 1).all() and (rewards[resets] == 0).all()
@@ -330,7 +330,7 @@ def test_reset_rows_are_marked_and_counted_nowhere():
 def test_vector_environments_of_others_reset_in_the_next_step(vec_env):
     """CartPole pays 1 for each step and nothing for a reset: a return is a length, and a count of valid rows."""
     _, results = collect("CartPole-v1", num_steps=50, rollouts=4, num_envs=3, vec_env=vec_env)
-    resets, ends = join(results, "dones"), join(results, "terminations")
+    resets, ends = join(results, "resets"), join(results, "terminations")
     assert np.array_equal(resets[1:], ends[:-1]) and not resets[0].any()
     assert np.array_equal(join(results, "rewards"), ~resets)
     totals = {name: sum(ended[name] for _, ended, _ in results) for name in results[0][1]}
@@ -354,7 +354,7 @@ def test_returns_of_atari_are_true_and_of_whole_games(env_id, vec_env):
     small = '{"img_height": 42, "img_width": 42}'
     _, [(rollout, ended, _)] = collect(env_id, num_steps=700, env_kwargs=small, **flags)
     assert rollout["rewards"].max() == 1
-    assert 0 < ended["episodes"] < rollout["dones"][1:].sum()
+    assert 0 < ended["episodes"] < rollout["resets"][1:].sum()
     assert ended["episode_returns"] / ended["episodes"] > rollout["rewards"].sum() / 2 / 3  # points are 5 to 200
 
 
@@ -374,9 +374,9 @@ def test_a_batch_is_what_the_agent_that_acted_says_of_a_rollout(monkeypatch):
         outputs = agent({name: tensor.flatten(0, 1) for name, tensor in rows.items()})
     values = outputs["values"].view(65, 2).numpy()
     advantages = brute_force_gae(
-        rollout["rewards"][:64], values, rollout["terminations"][:64], rollout["dones"][1:], 0.99, 0.95
+        rollout["rewards"][:64], values, rollout["terminations"][:64], rollout["resets"][1:], 0.99, 0.95
     )
-    assert rollout["dones"][:64].any() and not rollout["dones"][-1].all()
+    assert rollout["resets"][:64].any() and not rollout["resets"][-1].all()
     expected = {
         "obs": rows["obs"][:64].flatten(0, 1),
         "actions": rows["actions"][:64].flatten(0, 1),
@@ -384,7 +384,7 @@ def test_a_batch_is_what_the_agent_that_acted_says_of_a_rollout(monkeypatch):
         "values": outputs["values"][:128],
         "advantages": torch.from_numpy(advantages.flatten()).float(),
         "returns": torch.from_numpy((advantages + values[:-1]).flatten()).float(),
-        "valid": torch.from_numpy(~rollout["dones"][:64].flatten()).float(),
+        "valid": torch.from_numpy(~rollout["resets"][:64].flatten()).float(),
     }
     assert batch.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -392,8 +392,8 @@ def test_a_batch_is_what_the_agent_that_acted_says_of_a_rollout(monkeypatch):
 
 
 def test_a_policy_that_acts_otherwise_than_it_trains_is_an_error(monkeypatch):
-    def other_actor(obs):
-        return {"logits": np.ones((len(obs), 1, 2), np.float32)}
+    def other_actor(inputs):
+        return {"logits": np.ones((len(inputs["obs"]), 1, 2), np.float32)}
 
     agent, [(rollout, _, _)] = collect("CartPole-v1", num_steps=8)
     monkeypatch.setattr(ppo, "make_numpy_policy", lambda agent: other_actor)
@@ -407,12 +407,12 @@ def test_numbers_of_a_rollout_leave_out_reset_rows():
     batch["valid"] = torch.from_numpy(rng.random(30) < 0.6).double()
     numbers = ppo.rollout_numbers(batch)
     adv, ret = (batch[name].numpy()[batch["valid"].numpy() > 0] for name in ("advantages", "returns"))
-    expected = {"rows": len(adv), "advantages": adv.sum(), "squared_advantages": (adv**2).sum()}
+    expected = {"valid_rows": len(adv), "advantages": adv.sum(), "squared_advantages": (adv**2).sum()}
     expected["explained_variance"] = 1 - adv.var() / ret.var()
     for name, number in expected.items():
         assert float(numbers[name]) == pytest.approx(number)
     gathered = {name: np.array([float(number), float(number)]) for name, number in numbers.items()}
-    gathered["rows"][1], gathered["advantages"][1], gathered["squared_advantages"][1] = 2, 3.0, 5.0  # 1 and 2
+    gathered["valid_rows"][1], gathered["advantages"][1], gathered["squared_advantages"][1] = 2, 3.0, 5.0  # 1 and 2
     normalised = ppo.normalize(torch.tensor([1.0, 2.0]), gathered)
     both = np.append(adv, [1.0, 2.0])
     np.testing.assert_allclose(normalised, (np.array([1.0, 2.0]) - both.mean()) / both.std(), rtol=1e-5)
@@ -421,10 +421,16 @@ def test_numbers_of_a_rollout_leave_out_reset_rows():
 @pytest.mark.parametrize("name", ["observations", "rewards"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_named(name, value):
-    _, [(rollout, _, batch)] = collect("CartPole-v1", num_steps=8)
-    rows = rollout["rewards"] if name == "rewards" else batch["obs"]
-    rows[3] = value
-    numbers = ppo.rollout_numbers(batch) | {"rewards": rollout["rewards"].sum()}
+    def step(actions):
+        obs, rewards = np.zeros((2, 4), np.float32), np.zeros(2)
+        (obs if name == "observations" else rewards)[1] = value
+        return obs, rewards, np.zeros(2, bool), np.zeros(2, bool), {}
+
+    args = ppo.Args(num_steps=8, num_envs=2)
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), args)
+    rollout, sums = ppo.make_storage(args, agent, np.zeros((2, 4)), {})
+    envs, rng = SimpleNamespace(step=step), np.random.default_rng(0)
+    numbers = ppo.collect_rollout(agent, envs, rollout, sums, rng, args)
     numbers = ppo.gather_numbers(numbers, 1, 3, lambda x: x, torch.device("cpu"))
     with pytest.raises(SystemExit, match=f"error: iteration 5: not finite: {name} of rank 1"):
         ppo.check_finite(numbers, 5)
@@ -455,7 +461,7 @@ def test_what_is_not_finite_is_named(name, value):
 def test_bad_arguments_are_named_in_one_line(flags, said):
     with pytest.raises(SystemExit) as error:
         args = tyro.cli(ppo.Args, args=flags.split())
-        envs, _ = ppo.make_envs(args, 1, 0)
+        envs, *_ = ppo.make_envs(args, 1, 0)
         ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     assert re.fullmatch(f"error: .*{re.escape(said)}.*", error.value.code)  # a dot is no newline
 
@@ -558,7 +564,7 @@ def test_what_follows_an_evaluated_episode_is_not_in_its_return(monkeypatch):
         return np.zeros((2, 4)), rewards, terminated, np.zeros(2, dtype=bool), {}
 
     envs = SimpleNamespace(step=step, close=lambda: None)
-    monkeypatch.setattr(ppo, "make_envs", lambda *_: (envs, np.zeros((2, 4))))
+    monkeypatch.setattr(ppo, "make_envs", lambda *_: (envs, np.zeros((2, 4)), {}))
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2), ppo.Args())
     assert ppo.evaluate(agent, ppo.Args(eval_episodes=2), None, []).tolist() == [2.0, 1.0]
 
@@ -604,7 +610,7 @@ def test_rewards_are_clipped_or_scaled_and_returns_reported_whole():
     _, [(rollout, ended, _)] = collect("toy_envs:Lives-v0", num_steps=40, episodic_life=True, clip_rewards=True)
     assert rollout["rewards"].max() == 1
     # three lives of four steps that pay 5 each, a reset row after each life
-    assert np.flatnonzero(rollout["dones"][1:, 0]).tolist() == [3, 8, 13, 18, 23, 28, 33, 38]
+    assert np.flatnonzero(rollout["resets"][1:, 0]).tolist() == [3, 8, 13, 18, 23, 28, 33, 38]
     assert ended == three_lives
     agent, [(rollout, _, batch)] = collect("toy_envs:Lives-v0", num_steps=40, normalize_rewards=True, gae_lambda=0.0)
     assert rollout["rewards"].max() == 5
@@ -642,7 +648,7 @@ def test_images_reach_the_network_as_channels_first_floats(shape):
         np.testing.assert_allclose(planes, images_first / 255, rtol=1e-6)
     agent = ppo.Agent(gym.spaces.Box(0, 255, shape, np.uint8), gym.spaces.Discrete(3), ppo.Args())
     values = agent({"obs": images, "actions": torch.zeros(2, 1, dtype=torch.int64)})["values"]
-    assert values.shape == (2,) and agent.act(images.numpy()).shape == (2, 1)
+    assert values.shape == (2,) and agent.act({"obs": images.numpy()}).shape == (2, 1)
     for layer in agent.trunk:
         if isinstance(layer, torch.nn.Conv2d):  # orthogonal rows of norm sqrt(2), as far as there are dimensions
             rows = layer.weight.flatten(1)
@@ -664,16 +670,16 @@ def test_a_trained_agent_is_used_in_five_lines():
     env = gym.make("Pendulum-v1")
     agent = ppo.Agent(env.observation_space, env.action_space, ppo.Args(**state["args"]))
     agent.load_state_dict(state["agent"])
-    obs, _ = env.reset(seed=0)
-    obs, *_ = env.step(agent.to_env(agent.act(obs))[0])
-    np.testing.assert_array_equal(agent.act(obs), trained.act(obs))
+    obs, info = env.reset(seed=0)
+    obs, *_, info = env.step(agent.to_env(agent.act(agent.from_env(obs, info)))[0])
+    assert np.array_equal(*(each.act(each.from_env(obs, info)) for each in (agent, trained)))
 
 
 def test_an_action_of_the_wrong_width_is_an_error():
     args = ppo.Args(num_steps=4, env_id="Pendulum-v1")
-    envs, obs = ppo.make_envs(args, 4, 0)
+    envs, obs, infos = ppo.make_envs(args, 4, 0)
     agent = ppo.Agent(envs.single_observation_space, gym.spaces.Box(-2, 2, (2,)), args)
-    rollout, episodes = ppo.make_storage(args, agent, obs)
+    rollout, episodes = ppo.make_storage(args, agent, obs, infos)
     agent.actor[-1] = torch.nn.Linear(64, 1)  # where two actions are expected
     agent.log_std = torch.nn.Parameter(torch.zeros(1))
     agent.num_actions = 1

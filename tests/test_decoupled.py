@@ -33,17 +33,17 @@ def test_every_environment_is_dealt_to_one_trainer(num_envs, num_trainers):
     assert sorted(number for taken in numbers for number in taken) == list(range(3 * num_envs))
     for trainer, taken in enumerate(numbers):
         assert {number % num_trainers for number in taken} <= {trainer}
-    rollout = {name: np.zeros((8, num_envs), bool) for name in ("dones", "terminations")}
+    rollout = {name: np.zeros((8, num_envs), bool) for name in ("resets", "terminations")}
     args = ppo.Args(num_steps=7, num_envs=num_envs)
     head, packed = ppo.pack_rollout(rollout, {"episodes": np.int64(3)}, args, 0, num_trainers)
     assert head["numbers"] == {"episodes": 3.0} and head["columns"].keys() == rollout.keys()
     parts = [ppo.unpack_rollout(head["columns"], tensor.numpy()) for tensor in packed]
-    assert sum((~part["dones"]).all(0).sum() for part in parts) == num_envs
+    assert sum((~part["resets"]).all(0).sum() for part in parts) == num_envs
     assert not any(part["terminations"].any() for part in parts)
 
 
 def test_a_column_of_the_wrong_shape_is_named():
-    rollout = {"dones": np.zeros((8, 4), bool), "bonus": np.zeros((7, 4))}
+    rollout = {"resets": np.zeros((8, 4), bool), "bonus": np.zeros((7, 4))}
     with pytest.raises(ValueError, match=r"rollout\['bonus'\] is \(7, 4\)"):
         ppo.pack_rollout(rollout, {}, ppo.Args(num_steps=7, num_envs=4), 0, 2)
 
@@ -151,7 +151,7 @@ def test_the_acting_policy_lags_behind_by_one_update(tmp_path, switches):
             assert torch.equal(player["acted"][k], updates[max(k - is_late, 0)])
         assert torch.equal(first["after"][k], second["after"][k])
         # no row is lost, none comes twice
-        sent = [rollout["obs"][:-1][~rollout["dones"][:-1]] for rollout in (p["rollouts"][k] for p in players)]
+        sent = [rollout["obs"][:-1][~rollout["resets"][:-1]] for rollout in (p["rollouts"][k] for p in players)]
         trainers = (first,) if SHARED[0] in switches else (first, second)
         rows = (
             [torch.cat([t["rows"][k][t["weights"][k] > 0] for t in (first, second)])]
@@ -160,7 +160,9 @@ def test_the_acting_policy_lags_behind_by_one_update(tmp_path, switches):
         )
         used = torch.cat([t["batches"][k]["obs"][r] for t, r in zip(trainers, rows, strict=True)])
         assert torch.equal(*(torch.cat(x)[torch.cat(x)[:, 0].argsort()] for x in ([*sent], [used])))
-    seen = torch.cat([p["rollouts"][k]["obs"][:-1][~p["rollouts"][k]["dones"][:-1]] for p in players for k in range(4)])
+    seen = torch.cat(
+        [p["rollouts"][k]["obs"][:-1][~p["rollouts"][k]["resets"][:-1]] for p in players for k in range(4)]
+    )
     for rank in (*players, first, second):
         torch.testing.assert_close(rank["state"]["obs_rms.mean"], seen.mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(rank["state"]["obs_rms.std"], seen.std(0, correction=0), atol=1e-4, rtol=1e-3)

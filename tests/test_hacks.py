@@ -115,7 +115,7 @@ def test_a_new_column_and_a_new_metric_reach_loss_and_log(tmp_path, mode):
         tmp_path,
         mode,
         (column, column + '        "positions": np.zeros(shape, np.float32),\n'),
-        (filled, filled + '        rollout["positions"][t] = obs[t, :, 0]\n'),
+        (filled, filled + '        rollout["positions"][t] = rollout["obs"][t, :, 0]\n'),
         (metric, metric + '        "mismatch": (minibatch["positions"] - minibatch["obs"][:, 0]).abs() @ weights,\n'
                           '        "size": minibatch["positions"].abs() @ weights,\n'),
     )  # fmt: skip
@@ -126,13 +126,13 @@ def test_a_new_column_and_a_new_metric_reach_loss_and_log(tmp_path, mode):
 
 @MODE
 def test_an_action_of_the_wrong_width_is_an_error(tmp_path, mode):
-    greedy = 'return outputs["mean"] + np.exp(outputs["log_std"]) * noise'
+    mean = '        mean = outputs["mean"]\n'
     width = "self.num_actions = math.prod(action_space.shape)"
     status, output = hack(
         tmp_path,
         mode,
         (width, "self.num_actions = 1"),
-        (greedy, f"{greedy.replace('* noise', '* noise')}".replace("return ", "return np.zeros((len(obs), 2)) + ")),
+        (mean, mean.replace('outputs["mean"]', 'outputs["mean"] + np.zeros((1, 2), np.float32)')),
         flags=("--env-id", "toy_envs:NanObsBox-v0"),
     )
     assert status != 0 and "Agent.act returns (4, 2), not (4, 1)" in output, output
@@ -142,12 +142,12 @@ def test_an_action_of_the_wrong_width_is_an_error(tmp_path, mode):
 @MODE
 def test_a_layer_in_forward_alone_is_an_error(tmp_path, mode):
     """The network that acts does not have it."""
-    policy = "outputs = self.policy(self.actor(features), self.head())"
+    policy = "outputs = self.policy(self.actor(features), minibatch, self.mask_or_log_std())"
     status, output = hack(
         tmp_path,
         mode,
         (CRITIC, CRITIC + "        self.extra = nn.Linear(num_outputs, num_outputs)\n"),
-        (policy, "outputs = self.policy(self.extra(self.actor(features)), self.head())"),
+        (policy, "outputs = self.policy(self.extra(self.actor(features)), minibatch, self.mask_or_log_std())"),
     )
     assert status != 0 and "Agent.forward and make_numpy_policy differ in logits" in output, output
     assert not list(tmp_path.rglob("step-*.pt"))
@@ -167,7 +167,7 @@ def test_what_cannot_be_compiled_fails_with_the_whole_exception(tmp_path, mode):
     "mode", ["eager", "tcp", "ddp", *(pytest.param(m, marks=SLOW) for m in ("Fabric", "Fabric, tcp"))]
 )
 def test_all_ranks_know_the_folder_of_the_run(tmp_path, mode):
-    start = "    first_iteration = math.ceil(rows / rollout_size) + 1\n"
+    start = "    is_stopping = False\n"
     saves = (
         start + '    os.makedirs(run_dir, exist_ok=True)\n    np.savez(f"{run_dir}/rollout-{rank}.npz", **rollout)\n'
     )

@@ -159,7 +159,7 @@ def test_two_ranks_over_tcp_have_the_bits_of_ddp(tmp_path, switches):
 
 
 def cartpole_spaces() -> tuple[gym.Space, gym.Space]:
-    envs, _ = ppo.make_envs(ppo.Args(), 1, 0)
+    envs, *_ = ppo.make_envs(ppo.Args(), 1, 0)
     return envs.single_observation_space, envs.single_action_space
 
 

@@ -175,7 +175,7 @@ def test_reset_rows_stay_out_of_the_statistics(run_main):
 def test_reset_rows_of_environments_in_processes_are_marked():
     """Episodes of 10 steps and a reset row after each, as in one process."""
     _, results = collect("toy_envs:Truncated-v0", num_steps=15, rollouts=3, vec_env="async")
-    resets = join(results, "dones")
+    resets = join(results, "resets")
     assert np.flatnonzero(resets[:, 0]).tolist() == [10, 21, 32, 43]
     assert np.array_equal(join(results, "rewards"), ~resets)
 

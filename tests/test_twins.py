@@ -30,7 +30,7 @@ def test_shared_definitions_are_identical(name):
         ("# discount factor", "# discount", "Args.gamma"),
         ("seed: int = 1", "seed: float = 1", "Args.seed"),
         ("@torch.no_grad()\ndef predict", "def predict", "predict"),
-        ("CHUNK = 4096", "CHUNK = 2048", "CHUNK"),
+        ("CHUNK = 1024", "CHUNK = 2048", "CHUNK"),
     ],
 )
 def test_a_planted_difference_is_found_and_fixed(old, new, found):

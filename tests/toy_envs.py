@@ -1,6 +1,10 @@
 """Environments whose right answer is known, registered as `toy_envs:NAME-v0`."""
 
+import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,15 +68,17 @@ class Evaluated(OneAStep):
 
     made = 0
 
-    def __init__(self, raises: bool):
+    def __init__(self, raises: bool, reward: float = 1.0):
         super().__init__()
         Evaluated.made += 1
-        self.raises, self.is_sound = raises, Evaluated.made <= 4
+        self.raises, self.reward, self.is_sound = raises, reward, Evaluated.made <= 4
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
         if not self.is_sound and self.raises:
             raise RuntimeError("the simulator broke")
+        if not self.is_sound:
+            reward = self.reward
         return obs, reward, terminated and self.is_sound, truncated and self.is_sound, info
 
 
@@ -182,6 +188,109 @@ class Puzzle(gym.Env):
         return self.observe(), reward, False, self.steps == 10, {}
 
 
+class Shows(OneAStep):
+    """Shows what does not, or hardly, fit the space that it declares."""
+
+    def __init__(self, space: gym.Space, shown: object):
+        super().__init__()
+        self.observation_space, self.shown = space, shown
+
+    def observe(self):
+        return self.shown
+
+
+class Pays(OneAStep):
+    """Pays 1 in one of the forms that simulators use."""
+
+    def __init__(self, form: str):
+        super().__init__()
+        self.reward = {"array": np.ones(1), "0-d": np.float32(1), "int": 1, "two": np.ones(2)}[form]
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, self.reward, *rest
+
+
+class Informs(OneAStep):
+    """Its infos have other shapes and types in each step and environment."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, {"path": np.zeros(self.np_random.integers(1, 9))}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        number = self.np_random.integers(1, 9)
+        info = {"path": np.zeros(number), "goal": None if number < 5 else 3, "nested": {"a": [0] * number}}
+        return obs, reward, terminated, truncated, info
+
+
+class Exits(OneAStep):
+    """Calls sys.exit(0), as scripts made into environments do; `where` is step or reset."""
+
+    def __init__(self, where: str, rank: int = 0):
+        super().__init__()
+        self.where, self.resets = where, 0
+        self.is_other = os.environ.get("RANK", "0") != str(rank)
+
+    def reset(self, *, seed=None, options=None):
+        self.resets += 1
+        if self.where == "reset" and self.resets == 2 and not self.is_other:
+            sys.exit(0)
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.where == "step" and self.steps == 5 and not self.is_other:
+            sys.exit(0)
+        return super().step(action)
+
+
+class Only(OneAStep):
+    """One at a time on a machine: it holds a port."""
+
+    def __init__(self, port: int):
+        super().__init__()
+        self.socket = socket.socket()
+        self.socket.bind(("localhost", port))
+
+    def close(self):
+        self.socket.close()
+
+
+class Starts(OneAStep):
+    """Starts two processes of its own, which its `close` ends; raises an exception at its fifth step if told to."""
+
+    def __init__(self, raises: bool):
+        super().__init__()
+        self.raises = raises
+        self.processes = [subprocess.Popen(["sleep", "1000"]), multiprocessing.Process(target=time.sleep, args=[1000])]
+        self.processes[1].start()
+
+    def step(self, action):
+        if self.raises and self.steps == 5:
+            raise RuntimeError("the simulator broke")
+        return super().step(action)
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+        self.processes[0].wait()
+        self.processes[1].join()
+
+
+class Filmed(OneAStep):
+    """Never ends, and shows a small picture."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(length=10**9)
+        self.render_mode = render_mode
+
+    def render(self) -> np.ndarray:
+        return np.full((32, 32, 3), self.steps % 256, np.uint8)
+
+
 class StrangeSpaces(OneAStep):
     def __init__(self, observation_space=None, action_space=None):
         super().__init__()
@@ -200,6 +309,12 @@ gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.s
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
 gym.register("Evaluated-v0", Evaluated)
+gym.register("Pays-v0", Pays)
+gym.register("Informs-v0", Informs)
+gym.register("Exits-v0", Exits)
+gym.register("Only-v0", Only)
+gym.register("Starts-v0", Starts)
+gym.register("Filmed-v0", Filmed)
 gym.register("Noted-v0", Noted)
 gym.register("Clock-v0", Clock, kwargs={"length": 15, "terminates": False})
 gym.register("WrongShape-v0", WrongShape)
@@ -207,11 +322,36 @@ gym.register("Dies-v0", Dies)
 gym.register("Hangs-v0", Hangs)
 gym.register("TextObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Text(5)})
 gym.register("ImageObs-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
+gym.register(
+    "LargeImage-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)}
+)
+gym.register("Thousands-v0", StrangeSpaces, kwargs={"observation_space": gym.spaces.Box(-5000, 5000, (2,))})
 gym.register("TupleAction-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
 gym.register("Unbounded-v0", StrangeSpaces, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))})
 gym.register("Lives-v0", Lives)
 
 spaces = gym.spaces
+BYTES = spaces.Box(0, 255, (3,), np.uint8)
+FLOATS = spaces.Box(-1, 1, (3,), np.float32)
+BOTH = spaces.Dict({"a": FLOATS, "b": spaces.Discrete(3)})
+MISFITS = {  # space, what is shown, and what the error names
+    "Int64ForUint8": (BYTES, np.zeros(3, np.int64), "int64"),
+    "FloatForUint8": (BYTES, np.full(3, 0.5), "float64"),
+    "OneForThree": (FLOATS, np.zeros(1, np.float32), r"shape (1,) does not fit Box(-1.0, 1.0, (3,), float32)"),
+    "ScalarForThree": (FLOATS, 0.0, r"shape () does not fit Box(-1.0, 1.0, (3,), float32)"),
+    "ArrayForDiscrete": (spaces.Discrete(3), np.zeros(1, np.int64), "shape (1,) does not fit Discrete(3)"),
+    "OneForThreeInDict": (BOTH, {"a": np.zeros(1), "b": 1}, "does not fit Dict"),
+    "NoNumbers": (spaces.Box(-1, 1, (0,)), np.zeros(0, np.float32), "no numbers"),
+}
+FITS = {
+    "Float64ForFloat32": (FLOATS, np.zeros(3)),
+    "List": (FLOATS, [0.0, 0.5, 1.0]),
+    "ZeroD": (spaces.Discrete(3), np.array(1)),
+    "Int": (spaces.Discrete(3), 1),
+    "ListInDict": (BOTH, {"a": [0.0, 0.5, 1.0], "b": np.int64(1)}),
+}
+for name, (space, shown, *_) in (MISFITS | FITS).items():
+    gym.register(f"{name}-v0", Shows, kwargs={"space": space, "shown": shown})
 PUZZLES = {
     "Vector-Discrete": (spaces.Box(-1, 1, (8,), np.float32), spaces.Discrete(4, start=2)),
     "Float64-Box": (spaces.Box(-np.inf, np.inf, (4, 3), np.float64), spaces.Box(-3, 12, (2, 2), np.float32)),
