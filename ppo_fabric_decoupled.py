@@ -198,7 +198,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             envs = gym.vector.VectorWrapper(envs)  # which has the space of all environments, EnvPool that of one
             envs.observation_space = batch_space(envs.single_observation_space, num_envs)
         elif args.vec_env == "native":
-            if is_atari:  # ALE's own episodic_life would begin a new game with each life
+            if is_atari:  # ALE's own episodic_life would begin a new game with each life; here it costs a step
                 kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life}
             envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
         else:
@@ -341,21 +341,19 @@ class Agent(nn.Module):
         outputs["values"] = self.critic(features).squeeze(-1)
         return outputs
 
+    @torch.no_grad()
+    def torch_policy(self, inputs: Arrays) -> Arrays:
+        """What `policy` returns for what `from_env` does."""
+        mask_or_log_std = self.mask_or_log_std()
+        tensors = {name: torch.as_tensor(array, device=mask_or_log_std.device) for name, array in inputs.items()}
+        outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, mask_or_log_std)
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
     def act(
         self, inputs: Arrays, rng: np.random.Generator | None = None, numpy_policy: Callable | None = None
     ) -> ndarray:
-        """Actions (N, A) for what `from_env` returns, random by `rng` or greedy without; `to_env` converts them.
-
-        `numpy_policy` is a faster way to compute what `policy` returns.
-        """
-        if numpy_policy:
-            outputs = numpy_policy(inputs)
-        else:
-            mask_or_log_std = self.mask_or_log_std()
-            with torch.no_grad():
-                tensors = {name: torch.as_tensor(x, device=mask_or_log_std.device) for name, x in inputs.items()}
-                outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, mask_or_log_std)
-                outputs = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+        """Actions (N, A) for what `from_env` returns, random by `rng` or greedy without; `to_env` converts them."""
+        outputs = (numpy_policy or self.torch_policy)(inputs)
         if self.is_discrete:
             logits = outputs["logits"]
             return (logits + rng.gumbel(size=logits.shape) if rng else logits).argmax(-1)  # arXiv:1411.0030
@@ -438,7 +436,7 @@ def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[A
         "actions": np.zeros((*shape, agent.num_actions), np.int64 if agent.is_discrete else np.float32),
         "rewards": np.zeros(shape, np.float32),
         "terminations": np.zeros(shape, bool),
-        "resets": np.zeros(shape, bool),  # where an episode ended in the step before, and a new one begins
+        "resets": np.zeros(shape, bool),  # resets[t]: row t shows an episode's last observation, row t + 1 a first one
         "discounted_returns": np.zeros(shape, np.float32),  # of the rewards of the episode before row t
     }
     return rollout, {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths")}
@@ -449,8 +447,8 @@ def collect_rollout(
 ) -> dict:
     """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
 
-    With NEXT_STEP autoreset `obs[t + 1]` is the final observation of an episode that ended at t. That row is a reset:
-    its action is ignored, its reward is 0.
+    With NEXT_STEP autoreset `obs[t + 1]` is the last observation of an episode that ended at t. That row is a reset:
+    its action is ignored, its reward is 0, and a new episode begins with row t + 2.
     """
     for array in rollout.values():
         array[0] = array[-1]
@@ -531,12 +529,12 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     # (T + 1) * N rows: row i + N follows row i, and may be a last observation that is in no minibatch's `obs`
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in arrays.items()}
     outputs = predict(agent, rows)
-    if numpy_policy := make_numpy_policy(agent):
-        for name, array in numpy_policy({name: tensor[:64].numpy() for name, tensor in rows.items()}).items():
-            if not np.allclose(array, outputs[name][:64], rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise SystemExit(
-                    f"error: Agent.forward and make_numpy_policy differ in {name}: let the latter return None"
-                )
+    acting_policy = make_numpy_policy(agent) or agent.torch_policy
+    for name, array in acting_policy({name: tensor[:64].cpu().numpy() for name, tensor in rows.items()}).items():
+        if not np.allclose(array, outputs[name][:64].cpu(), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise SystemExit(
+                f"error: Agent.forward and {acting_policy.__name__} differ in {name}: both need each layer"
+            )
     values = outputs["values"].cpu().numpy().reshape(rollout["resets"].shape)
     rewards = rollout["rewards"][:-1]
     if agent.reward_rms:

@@ -397,7 +397,7 @@ def test_a_policy_that_acts_otherwise_than_it_trains_is_an_error(monkeypatch):
 
     agent, [(rollout, _, _)] = collect("CartPole-v1", num_steps=8)
     monkeypatch.setattr(ppo, "make_numpy_policy", lambda agent: other_actor)
-    with pytest.raises(SystemExit, match=r"Agent\.forward and make_numpy_policy differ in logits"):
+    with pytest.raises(SystemExit, match=r"Agent\.forward and other_actor differ in logits"):
         ppo.make_batch(agent, rollout, torch.device("cpu"), ppo.Args())
 
 

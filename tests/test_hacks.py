@@ -1,13 +1,16 @@
 """Ordinary changes to a copy of a file work, or end with a line that names them, in every mode."""
 
 import csv
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import Command
+from launch import ROOT, Command
+from probe import load
 from test_launch import DECOUPLED, FABRIC, LAUNCHERS, PLAYERS, SLOW, TORCH, scalars
 
 MODES = {
@@ -149,7 +152,7 @@ def test_a_layer_in_forward_alone_is_an_error(tmp_path, mode):
         (CRITIC, CRITIC + "        self.extra = nn.Linear(num_outputs, num_outputs)\n"),
         (policy, "outputs = self.policy(self.extra(self.actor(features)), minibatch, self.mask_or_log_std())"),
     )
-    assert status != 0 and "Agent.forward and make_numpy_policy differ in logits" in output, output
+    assert status != 0 and "Agent.forward and numpy_policy differ in logits" in output, output
     assert not list(tmp_path.rglob("step-*.pt"))
 
 
@@ -192,3 +195,146 @@ def test_one_place_sees_every_scalar(tmp_path, mode):
     log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
     assert points == {(tag, point.step) for tag in log.Tags()["scalars"] for point in log.Scalars(tag)}
     assert len(points) > 20
+
+
+# the ten changes of docs/hacks, applied as a reader would
+
+
+PATCHES = sorted((ROOT / "docs" / "hacks").glob("*.patch"))
+EFFECTS = {}
+
+
+def effect(*flags):
+    """Register what the run of a patch has to show, and the flags of that run."""
+
+    def register(check):
+        EFFECTS[check.__name__.replace("_", "-")] = (check, flags)
+        return check
+
+    return register
+
+
+def values(folder: Path, tag: str) -> list[float]:
+    return [value for _, value in scalars(folder)[tag]]
+
+
+def initial(folder: Path, file: Path) -> dict:
+    """The parameters of a new agent of the changed file."""
+    module = load(str(folder / file.name))
+    args = module.Args(**{name: value for name, value in last_args(folder).items() if hasattr(module.Args, name)})
+    envs, *_ = module.make_envs(args, 1, 0)
+    torch.manual_seed(args.seed)
+    return module.Agent(envs.single_observation_space, envs.single_action_space, args).state_dict()
+
+
+def last_args(folder: Path) -> dict:
+    return torch.load(max(folder.rglob("step-*.pt")))["args"]
+
+
+@effect("--eval-every", 2)
+def csv_log(folder, file, run_again):
+    run_again("--total-timesteps", 1024, "--resume", "auto")
+    (path,) = folder.rglob("scalars.csv")
+    with path.open() as rows:
+        points = [(tag, int(step)) for step, tag, _ in csv.reader(rows)]
+    log = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
+    logged = {(tag, point.step) for tag in log.Tags()["scalars"] for point in log.Scalars(tag)}
+    assert set(points) == logged and len(points) == len(logged) > 40
+
+
+@effect("--total-timesteps", 4096)
+def rnd(folder, file, run_again):
+    before, after = initial(folder, file), trained(folder)
+    for name, tensor in after.items():
+        if "rnd_" in name:
+            assert torch.allclose(tensor, before[name], atol=1e-5) == ("target" in name), name
+    losses = values(folder, "Loss/rnd_loss")
+    assert losses[-1] < losses[0] / 2 and min(values(folder, "Loss/bonus")) > 0
+
+
+@effect("--critic-learning-rate", 0.0)
+def two_learning_rates(folder, file, run_again):
+    before, after = initial(folder, file), trained(folder)
+    for name, tensor in after.items():
+        assert torch.allclose(tensor, before[name], atol=1e-5) == name.startswith("critic"), name
+    assert set(values(folder, "Info/critic_learning_rate")) == {0.0}
+
+
+@effect("--env-id", "toy_envs:Masked-v0")
+def action_masks(folder, file, run_again):
+    """The environment raises an exception at an action that is not valid; of five two are."""
+    assert max(values(folder, "Info/entropy")) <= np.log(2) + 1e-6
+
+
+@effect("--env-id", "toy_envs:Clock-v0", "--update-epochs", 1, "--per-rank-batch-size", 128, "--total-timesteps", 2048)
+def beta_policy(folder, file, run_again):
+    after = trained(folder)
+    assert "log_std" not in after and len(after["actor.4.bias"]) == 2
+    if "decoupled" not in file.stem:  # what is logged of the first step is of the policy that acted
+        assert max(map(abs, values(folder, "Loss/approx_kl"))) < 1e-5
+
+
+@effect("--total-timesteps", 4096)
+def next_observation(folder, file, run_again):
+    losses = values(folder, "Loss/next_loss")
+    assert losses[-1] < losses[0] / 2
+
+
+@effect("--desired-kl", 0.002)
+def kl_adaptive_rate(folder, file, run_again):
+    run_again("--desired-kl", 0.002, "--total-timesteps", 1024, "--resume", "auto")
+    rates, divergences = values(folder, "Info/learning_rate"), values(folder, "Loss/approx_kl")
+    assert len(rates) > 3 and len(set(rates)) > 1
+    for rate, divergence, following in zip(rates, divergences, rates[1:], strict=False):
+        factor = 1 / 1.5 if divergence > 0.004 else 1.5 if divergence < 0.001 else 1
+        assert following == pytest.approx(min(max(rate * factor, 1e-5), 1e-2), rel=1e-5)
+
+
+@effect()
+def saved_rollouts(folder, file, run_again):
+    paths = sorted(folder.rglob("rollout-*.npz"))
+    ranks = {path.stem.split("-")[2] for path in paths}
+    assert len(paths) == 512 // (4 * 32) and all(np.load(path)["obs"].shape == (33, 4, 4) for path in paths)
+    assert len({np.load(path)["obs"].tobytes() for path in paths}) == len(paths) and "0" in ranks
+
+
+@effect()
+def observation_history(folder, file, run_again):
+    assert trained(folder)["actor.0.weight"].shape == (64, 16)
+
+
+@effect()
+def gru(folder, file, run_again):
+    before, after = initial(folder, file), trained(folder)
+    assert not torch.equal(before["memory.weight_hh"], after["memory.weight_hh"])
+
+
+FOR_DECOUPLED = ("csv-log", "rnd", "action-masks", "next-observation")
+CASES = [
+    pytest.param(path.stem, mode, marks=SLOW if mode != "eager" else [])
+    for path in PATCHES
+    for mode in MODES
+    if "decoupled" not in mode or path.stem in FOR_DECOUPLED
+]
+
+
+def test_there_are_ten_patches():
+    assert {path.stem for path in PATCHES} == EFFECTS.keys() and len(PATCHES) == 10
+
+
+@pytest.mark.parametrize("name, mode", CASES)
+def test_a_patch_applies_and_does_what_it_is_for(tmp_path, name, mode):
+    file, ranks, switches = MODES[mode]
+    (tmp_path / file.name).write_text(file.read_text())
+    patch = ROOT / "docs" / "hacks" / f"{name}.patch"
+    subprocess.run(["patch", "--fuzz=0", "--silent", file.name, patch], cwd=tmp_path, check=True)
+    check, flags = EFFECTS[name]
+
+    def run_again(*flags):
+        sizes = ["--num-steps", 32, "--per-rank-batch-size", 32, "--update-epochs", 2, "--eval-episodes", 2]
+        command = [*LAUNCHERS[file](ranks), file.name, *sizes, "--total-timesteps", 512, *switches, *flags]
+        status, output = Command(command, cwd=tmp_path).finish()
+        assert status == 0, output
+
+    run_again(*flags)
+    check(tmp_path, file, run_again)

@@ -188,6 +188,25 @@ class Puzzle(gym.Env):
         return self.observe(), reward, False, self.steps == 10, {}
 
 
+class Masked(OneAStep):
+    """Of five actions two are valid, other ones each step, as its infos say."""
+
+    action_space = gym.spaces.Discrete(5)
+
+    def info(self) -> dict:
+        self.valid = self.np_random.permutation(5) < 2
+        return {"action_mask": self.valid.astype(np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, self.info()
+
+    def step(self, action):
+        assert self.valid[action]
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, self.info()
+
+
 class Shows(OneAStep):
     """Shows what does not, or hardly, fit the space that it declares."""
 
@@ -309,6 +328,7 @@ gym.register("NanObsBox-v0", Broken, kwargs={"how": "obs", "action_space": gym.s
 gym.register("NanReward-v0", Broken, kwargs={"how": "reward"})
 gym.register("Raises-v0", Broken, kwargs={"how": "raises"})
 gym.register("Evaluated-v0", Evaluated)
+gym.register("Masked-v0", Masked)
 gym.register("Pays-v0", Pays)
 gym.register("Informs-v0", Informs)
 gym.register("Exits-v0", Exits)
