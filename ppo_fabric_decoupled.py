@@ -57,7 +57,7 @@ Tensors = dict[str, Tensor]
 Arrays = dict[str, ndarray]
 CHECKPOINT_VERSION = 2  # raise it when old checkpoints do not fit
 CHUNK = 1024  # rows that pass through the networks at once after a rollout
-INFO_NAMES = ("lives",)  # entries of an environment's info that this file reads
+INFO_NAMES = ("lives",)  # entries of an environment's info that are kept, for `from_env` and --episodic-life
 MAX_FRAMES = 3000  # of a video
 HEAD_BYTES = 8192  # of what a player says of a rollout before it sends it
 
@@ -266,7 +266,7 @@ class Agent(nn.Module):
         super().__init__()
         self.action_space = action_space
         self.is_discrete = not isinstance(action_space, spaces.Box)
-        if self.is_discrete:  # a categorical per dimension; the mask rules out choices that a smaller one lacks
+        if self.is_discrete:  # a categorical per dimension; the finite mask rules out choices that a smaller one lacks
             if isinstance(action_space, spaces.MultiBinary):
                 num_choices = np.full(action_space.shape, 2)
             else:
@@ -306,13 +306,13 @@ class Agent(nn.Module):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                     nn.init.zeros_(layer.bias)
-        # layers of your own go here: before, they would change the initial actor and critic of a seed
+        # layers of your own go here, where they do not change the initial actor and critic of a seed
 
         # buffers are equal on all ranks already
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def policy(self, output: Tensor | ndarray, inputs: dict, mask_or_log_std: Tensor | ndarray) -> dict:
-        """Parameters of the action distribution: logits (B, A, choices), or mean and log_std (B, A).
+        """Parameters of the distribution to act and to train: logits (B, A, choices), or mean and log_std (B, A).
 
         `output` is the actor's for `inputs`, which in training are a minibatch and in acting what `from_env` returns.
         All are tensors in training, and may be arrays in acting.
@@ -324,7 +324,8 @@ class Agent(nn.Module):
     def forward(self, minibatch: Tensors) -> Tensors:
         """Log-probabilities of the actions, entropies and values, each (B,), and what `policy` returns.
 
-        What you add to these outputs reaches `make_batch` and `ppo_loss` by its name.
+        What you add to these outputs reaches `make_batch` and `ppo_loss` by its name; `make_batch` calls it without
+        what it computes itself.
         """
         features = self.trunk(minibatch["obs"])
         outputs = self.policy(self.actor(features), minibatch, self.mask_or_log_std())
@@ -367,6 +368,7 @@ class Agent(nn.Module):
     def from_env(self, obs: ndarray, infos: dict) -> Arrays:
         """What N observations and infos give `act` and `forward`, (N, ...) by name; `collect_rollout` stores it.
 
+        Return the same names each time, and keep no state: rollouts and evaluations take turns.
         `obs` are images, or vectors in which 8-bit numbers become 0 .. 1.
         """
         obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
@@ -427,8 +429,9 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
 def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[Arrays, Arrays]:
     """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
-    Row T of an array becomes row 0 of the next rollout; actions, rewards and terminations have none. An array that you
-    add here and fill in `collect_rollout` reaches `Agent.act` and `Agent.forward` by its name.
+    The next rollout fills the same arrays, and row T becomes its row 0; actions, rewards and terminations have none.
+    An array that you add here and fill in `collect_rollout` reaches `Agent.act` and `Agent.forward` by its name. What
+    comes from the environment belongs into `Agent.from_env`, which evaluations use too.
     """
     shape = (args.num_steps + 1, args.num_envs)
     rollout = {name: np.stack([array] * shape[0]) for name, array in agent.from_env(obs, infos).items()}
@@ -475,7 +478,7 @@ def collect_rollout(
     for name, per_row in (("episode_returns", rewards[:-1]), ("episode_lengths", ~resets[:-1])):
         ended[name] = sums[name][is_over[0]].sum() + per_row[is_over].sum(dtype=float)
         sums[name] = sums[name] * ~is_over[0] + (per_row * ~is_over).sum(0, dtype=float)
-    if args.clip_rewards:  # from here on they are what is learned
+    if args.clip_rewards:  # from here on they are what is learned; `make_batch` may divide them
         rewards.clip(-1, 1, out=rewards)
     if args.normalize_rewards:
         discounted_returns = rollout["discounted_returns"]
@@ -522,11 +525,12 @@ def predict(agent: Agent, rows: Tensors) -> Tensors:
 def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) -> Tensors:
     """The R = T * N rows of a rollout to train on, by name; row t * N + n is step t of environment n.
 
-    `valid` is 0 for the rows of resets.
+    `agent` is the one that acted. `valid` is 0 for the rows of resets.
     """
     not_in_minibatches = ("rewards", "terminations", "resets", "discounted_returns")
     arrays = {name: array for name, array in rollout.items() if name not in not_in_minibatches}
-    # (T + 1) * N rows: row i + N follows row i, and may be a last observation that is in no minibatch's `obs`
+    # (T + 1) * N rows, N of a decoupled trainer being its share of environments: row i + N follows row i. The last
+    # observation of an episode is in no minibatch's `obs`, only in that of rows that follow
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in arrays.items()}
     outputs = predict(agent, rows)
     acting_policy = make_numpy_policy(agent) or agent.torch_policy
@@ -609,6 +613,7 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
     own go into `groups`, as for any optimizer of torch. From here on fill parameters and gradients in place:
     `zero_grad()` or another `.to()` would cut them off.
     """
+    # an agent's actor and critic are not all: it may have a trunk and log_std
     groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]
     parameters = [p for group in groups for p in group["params"]]
     if sorted(map(id, parameters)) != sorted(id(p) for p in agent.parameters() if p.requires_grad):
@@ -631,11 +636,22 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
     return optimizer, flat
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set the learning rate of each group to `factor` of its initial one; return that of the first group."""
-    for group in optimizer.param_groups:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the moments of a checkpoint; the learning rates are those of the flags."""
+    moments = state["optimizer"]["state"]
+    sizes = [max(tensor.numel() for tensor in entry.values()) for entry in moments.values()]
+    if sizes != [tensor.numel() for group in optimizer.param_groups for tensor in group["params"]]:
+        raise SystemExit("error: the checkpoint is of other groups of parameters, see make_optimizer")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict:
+    """Set the learning rate of each group to `factor` of its initial one; return them by name, for the log."""
+    rates = {}
+    for i, group in enumerate(optimizer.param_groups):
         group["lr"] = torch.tensor(group["initial_lr"] * factor)  # torch.compile would compile anew for each number
-    return float(optimizer.param_groups[0]["lr"])
+        rates[f"learning_rate_{i}" if i else "learning_rate"] = float(group["lr"])
+    return rates
 
 
 def compile_gradient(agent: Agent, args: Args) -> Callable:
@@ -777,7 +793,7 @@ def check_finite(numbers: Arrays, iteration: int) -> None:
     for name, of_ranks in numbers.items():
         finite = np.isfinite(of_ranks)
         if not finite.all():
-            cause = "a wrapper in make_env" if name in ("observations", "rewards") else "a lower --learning-rate"
+            cause = "a wrapper in make_env" if name in ("observations", "rewards") else "a lower learning rate"
             rank = finite.argmin()
             raise SystemExit(f"error: iteration {iteration}: not finite: {name} of rank {rank}; {cause} may help")
 
@@ -796,7 +812,8 @@ def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> N
 def deal(array: ndarray, first_env: int, trainer: int, num_trainers: int, padding: bool) -> ndarray:
     """A trainer's environments of a player's array (T + 1, N, ...): environment i goes to trainer i modulo trainers.
 
-    The player's environments are numbered from `first_env`. Padding gives all trainers the same number of them.
+    The player's environments are numbered from `first_env`. Padding gives all trainers the same number of them; it is
+    True in `resets` and zero in other arrays, in rows of weight 0.
     """
     mine = array[:, (trainer - first_env) % num_trainers :: num_trainers]
     dealt = np.full((len(array), math.ceil(array.shape[1] / num_trainers), *array.shape[2:]), padding, array.dtype)
@@ -932,6 +949,7 @@ class Log:
     """Rank 0's log: TensorBoard's curves, and a line now and then."""
 
     def __init__(self, run_dir: str, args: Args, rows: int, global_step: int, total: int):
+        # a resumed run drops what was logged after the step of its checkpoint
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
         flags = "".join(f"{name}|{value}\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"flag|value\n-|-\n{flags}", global_step)
@@ -940,12 +958,12 @@ class Log:
         self.mean_return = math.nan
 
     def add(self, metrics: dict, global_step: int) -> None:
-        """Add a point to the curve of each metric: one event for all is much faster than one each."""
+        """Add a point to the curve of each metric; all pass here. One event for all is much faster than one each."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=values), global_step)
 
     def add_iteration(
-        self, losses: Arrays, numbers: Arrays, seconds: dict, learning_rate: float, global_step: int, rows: int
+        self, losses: Arrays, numbers: Arrays, seconds: dict, learning_rates: dict, global_step: int, rows: int
     ) -> None:
         """Add an iteration, of which `losses` and `numbers` are those of all ranks."""
         speed = numbers["valid_rows"].sum() / sum(seconds.values())
@@ -954,7 +972,7 @@ class Log:
         metrics["Time/step_per_second"] = speed
         metrics["Loss/explained_variance"] = numbers["explained_variance"].mean()
         metrics["Info/entropy"] = -metrics["Loss/entropy_loss"]
-        metrics["Info/learning_rate"] = learning_rate
+        metrics |= {f"Info/{name}": rate for name, rate in learning_rates.items()}
         if episodes := numbers["episodes"].sum():
             self.mean_return = numbers["episode_returns"].sum() / episodes
             metrics["Rewards/rew_avg"] = self.mean_return
@@ -963,7 +981,7 @@ class Log:
         if rows >= self.next_line:
             self.next_line = rows + self.total // 20
             line = f"step {rows} of {self.total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
-            print(f"{line}, learning rate {learning_rate:.2g}", flush=True)
+            print(f"{line}, learning rate {learning_rates['learning_rate']:.2g}", flush=True)
 
 
 def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, state: dict, signals: list) -> None:
@@ -1046,8 +1064,9 @@ def open_run(args: Args, logs: str) -> tuple[str, dict | None]:
     state = load_checkpoint(path)
     # flags of your own that change the agent belong here
     for name in ("env_id", "hidden_sizes", "activation_function", "optimizer", "normalize_obs", "normalize_rewards"):
-        if state["args"][name] != getattr(args, name):
-            raise SystemExit(f"error: {path} was trained with {name} {state['args'][name]}")
+        trained = state["args"].get(name, getattr(Args, name))
+        if trained != getattr(args, name):
+            raise SystemExit(f"error: {path} was trained with {name} {trained}")
     folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     if list_checkpoints(folder)[-1:] == [os.path.abspath(path)]:
         run_dir = os.path.relpath(folder)
@@ -1225,8 +1244,7 @@ def train(
     acting_agent = copy.deepcopy(agent) if args.overlap else agent
     optimizer, flat = make_optimizer(agent, args)
     if state:
-        # the learning rates are those of the flags
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        load_optimizer(optimizer, state)
     checkpoint = partial(make_checkpoint, agent, optimizer, args)
     gather = partial(gather_numbers, rank=rank, world_size=num_trainers, all_reduce=trainers.all_reduce, device=device)
     uses_ddp = num_trainers > 1 and not args.compile
@@ -1241,7 +1259,7 @@ def train(
         log = Log(run_dir, args, rows, global_step, num_iterations * rollout_size)
     for iteration in iterations:
         is_last = iteration == num_iterations
-        learning_rate = set_learning_rate(optimizer, 1 - args.anneal_lr * (iteration - 1) / num_iterations)
+        learning_rates = set_learning_rates(optimizer, 1 - args.anneal_lr * (iteration - 1) / num_iterations)
         shuffle_rng = np.random.default_rng((args.seed, rows, 1, 0 if args.share_data else rank))
 
         # rollout
@@ -1288,7 +1306,7 @@ def train(
         # logs, checkpoints and evaluations
         if rank == 0:
             seconds = dict(zip(("trainer_wait", "batch", "communication", "update"), np.diff(times), strict=True))
-            log.add_iteration(losses, numbers, seconds, learning_rate, global_step, rows)
+            log.add_iteration(losses, numbers, seconds, learning_rates, global_step, rows)
             metrics = {
                 "Time/rollout": numbers["rollout_seconds"].sum() / args.num_players,
                 "Time/player_wait": numbers["wait_seconds"].sum() / args.num_players,

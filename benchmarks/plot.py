@@ -1,12 +1,11 @@
-"""Draw the learning curves and write README's tables of results, all from the committed rows.
+"""Draw the learning curves and write the tables of results in README and docs/, all from the committed rows.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/plot.py
 
 benchmarks/results/learning/NAME.png is drawn from the rows of a suite, or of two: the mean over the seeds and its 95%
 confidence interval (Student's t), over environment steps and over wall-clock time; and the tables and commands between
-README's `<!-- results: ... -->` marks are written. `--check` writes nothing, and ends with status 1 where README is out
-of date.
+`<!-- results: ... -->` marks are written. `--check` writes nothing, and ends with status 1 where a page is out of date.
 """
 
 import re
@@ -29,7 +28,7 @@ from common import RESULTS, ROOT, read_rows
 
 matplotlib.use("Agg")
 LEARNING = RESULTS / "learning"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # others' PPO: of Stable-Baselines3's RL Zoo one run each, greedy mean returns of its benchmark table, steps of its
 # ppo.yml; of Tianshou's MuJoCo benchmark the highest during a million steps, means of ten seeds
 PEERS = {
@@ -59,7 +58,7 @@ FIGURES = {name: (name,) for name in ("classic", "mujoco", "pong")} | {"overlap"
 @dataclass
 class Args:
     check: bool = False
-    """write nothing; exit status 1 if README is out of date"""
+    """write nothing; exit status 1 if a page is out of date"""
 
 
 def runs(suite: str) -> dict[tuple[str, str], list[dict]]:
@@ -160,7 +159,7 @@ def commands(suite: str) -> str:
 
 
 def block(kind: str, *names: str) -> str:
-    """The text of README's `<!-- results: KIND NAMES -->`."""
+    """The text of a page's `<!-- results: KIND NAMES -->`."""
     if kind in (functions := {"learning": learning_table, "commands": commands, "returns": returns}):
         return functions[kind](*names)
     if kind == "compare":
@@ -172,21 +171,25 @@ def block(kind: str, *names: str) -> str:
 
 
 def rewrite(match: re.Match) -> str:
-    """README's marked text with what the rows say now."""
+    """Marked text with what the rows say now."""
     try:
         return f"{match[1]}{block(*match[2].split())}\n{match[3]}"
     except (FileNotFoundError, LookupError, ValueError) as error:
-        raise SystemExit(f"error: there are no rows for README's `results: {match[2]}`: {error}") from error
+        raise SystemExit(f"error: there are no rows for `results: {match[2]}`: {error}") from error
 
 
 def main(args: Args) -> None:
-    old = README.read_text()
-    new, blocks = re.subn(r"(<!-- results: (.*) -->\n)(?:(?!<!-- ).*\n)*(<!-- end of results -->)", rewrite, old)
-    if blocks == 0 or not blocks == old.count("<!-- result") == old.count("<!-- end of result"):
-        raise SystemExit("error: README.md: a mark of results is without its other one, or misspelt")
+    for page in PAGES:
+        old = page.read_text()
+        new, blocks = re.subn(r"(<!-- results: (.*) -->\n)(?:(?!<!-- ).*\n)*(<!-- end of results -->)", rewrite, old)
+        if not blocks == old.count("<!-- result") == old.count("<!-- end of result"):
+            raise SystemExit(f"error: {page.name}: a mark of results is without its other one, or misspelt")
+        if args.check and new != old:
+            raise SystemExit(f"{page.name} is out of date: python benchmarks/plot.py")
+        if not args.check:
+            page.write_text(new)
     if args.check:
-        raise SystemExit("README.md is out of date: python benchmarks/plot.py" if new != old else 0)
-    README.write_text(new)
+        return
     throughput.draw(RESULTS / "throughput.jsonl")
     for name in FIGURES:
         draw(name)

@@ -8,7 +8,19 @@ import subprocess
 import pytest
 
 from launch import ROOT
-from twins import DECOUPLED, FABRIC, MAY_DIFFER, SOURCE, TWINS, definitions, differences, fix, flags_table, with_tables
+from twins import (
+    DECOUPLED,
+    FABRIC,
+    MAY_DIFFER,
+    PAGES,
+    SOURCE,
+    TWINS,
+    definitions,
+    differences,
+    fix,
+    flags_table,
+    with_table,
+)
 
 TEXT = (ROOT / SOURCE).read_text()
 
@@ -55,10 +67,10 @@ def test_the_diff_of_the_coupled_files_stays_short():
     assert len(hunks) <= 19 and 0 < len(changed) <= 90, (len(hunks), len(changed))
 
 
-def test_the_readme_shows_the_diff_and_the_flags():
-    readme = (ROOT / "README.md").read_text()
-    assert readme == with_tables(readme)
-    assert "<pre>loss.backward()</pre></td><td><pre>fabric.backward(loss)</pre>" in readme
+def test_the_pages_show_the_diff_and_the_flags():
+    for title, page in PAGES.items():
+        assert page.read_text() == with_table(title)
+    assert "<pre>loss.backward()</pre></td><td><pre>fabric.backward(loss)</pre>" in PAGES["diff"].read_text()
     for name in (SOURCE, *TWINS):
         fields = [field.name for field in dataclasses.fields(importlib.import_module(name.removesuffix(".py")).Args)]
         table = flags_table({name: (ROOT / name).read_text()})

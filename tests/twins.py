@@ -1,7 +1,7 @@
 """Repeating yourself is the policy of the shipped files; this checks that what they repeat is the same.
 
     python tests/twins.py          # say what differs, exit 1 if anything does
-    python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write README's tables of diff and flags
+    python tests/twins.py --fix    # copy what differs from ppo_torch_ddp.py, write the tables of diff and flags
 
 A definition is a top-level function, class or name, but for `Args` each of its members with its help string. One that
 two files share has to be byte-identical and in the same order, or be listed in MAY_DIFFER with the reason.
@@ -52,7 +52,8 @@ HUNKS = (
     "leaving",
     "closing the process group",
 )
-# what README's tables stand between
+# the pages of the tables, and what these stand between
+PAGES = {"diff": ROOT / "docs" / "fabric.md", "flags": ROOT / "docs" / "reference.md"}
 TABLE = "<!-- {0}, written by tests/twins.py --fix -->\n{1}<!-- end of {0} -->"
 
 
@@ -135,15 +136,13 @@ def flags_table(sources: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_tables(readme: str) -> str:
-    """The README with its tables as they should be."""
+def with_table(title: str) -> str:
+    """The page of a table as it should be."""
     sources = {name: (ROOT / name).read_text() for name in (SOURCE, *TWINS)}
-    tables = {"diff": diff_table(sources[SOURCE], sources[FABRIC]), "flags": flags_table(sources)}
-    for title, table in tables.items():
-        start, end = TABLE.format(title, "\0").split("\0")
-        before, _, rest = readme.partition(start)
-        readme = before + start + table + end + rest.partition(end)[2]
-    return readme
+    table = diff_table(sources[SOURCE], sources[FABRIC]) if title == "diff" else flags_table(sources)
+    start, end = TABLE.format(title, "\0").split("\0")
+    before, _, rest = PAGES[title].read_text().partition(start)
+    return before + start + table + end + rest.partition(end)[2]
 
 
 def main() -> None:
@@ -156,13 +155,13 @@ def main() -> None:
         found = differences(source, path.read_text(), name)
         wrong |= bool(found)
         print(f"{name}: {'differs from ' + SOURCE + ' in ' + ', '.join(found) if found else 'a twin'}")
-    readme = ROOT / "README.md"
-    expected = with_tables(readme.read_text())
-    if "--fix" in sys.argv:
-        readme.write_text(expected)
-    elif readme.read_text() != expected:
-        print("README.md: the tables of the diff and the flags are out of date")
-        wrong = True
+    for title, page in PAGES.items():
+        expected = with_table(title)
+        if "--fix" in sys.argv:
+            page.write_text(expected)
+        elif page.read_text() != expected:
+            print(f"{page.name}: the table is out of date")
+            wrong = True
     sys.exit(wrong)
 
 
