@@ -1,8 +1,8 @@
 """Proximal Policy Optimization on many processes, in one file.
 
 Every rank collects a rollout in environments of its own and trains on it; the ranks average their gradients, so all
-hold the same parameters. Plain `python` runs one rank; two on the CPU, eight GPUs and two machines are started like
-this:
+hold the same parameters. Plain `python` runs one rank; two on the CPU, eight GPUs and two machines (on both, HOST being
+one of them) are started like this:
 
     fabric run --accelerator=cpu --strategy=ddp --devices=2 ppo_fabric.py
     fabric run --accelerator=gpu --strategy=ddp --devices=8 ppo_fabric.py
@@ -13,6 +13,7 @@ Compare it with its twin: `diff ppo_torch_ddp.py ppo_fabric.py` shows what Light
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 """
 
+import ctypes
 import io
 import json
 import math
@@ -53,7 +54,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 Tensors = dict[str, Tensor]
 Arrays = dict[str, ndarray]
-CHECKPOINT_VERSION = 2  # raise it when old checkpoints do not fit
+CHECKPOINT_VERSION = 2  # increase it when old checkpoints do not fit
 CHUNK = 1024  # rows that pass through the networks at once after a rollout
 INFO_NAMES = ("lives",)  # entries of an environment's info that are kept, for `from_env` and --episodic-life
 MAX_FRAMES = 3000  # of a video
@@ -71,13 +72,13 @@ class Args:
     eval_max_steps: int = 27_000  # steps after which an evaluation ends with the returns so far
     checkpoint_every: int = 20  # write a checkpoint every so many iterations (0: only at the end)
     keep_checkpoints: int = 3  # keep so many of the last checkpoints, and with eval_every the best one
-    resume: str = ""  # go on from this checkpoint (give the flags again); `auto`: newest of env_id, exp_name, seed
+    resume: str = ""  # go on from this checkpoint (give the flags again); `auto`: newest of this env_id, exp_name, seed
     evaluate: str = ""  # play the agent of this checkpoint, with the flags that it was trained with, and stop
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
     env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
-    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # in turn, in processes, its own vector, EnvPool
-    num_envs: int = 4  # environments per rank that steps some
+    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # one process, one each, the id's own, EnvPool
+    num_envs: int = 4  # environments per rank, or per player
     normalize_obs: bool = False  # normalise vectors by their running mean and deviation over all ranks
     normalize_rewards: bool = False  # divide rewards by the running deviation of discounted returns, clip to -10 .. 10
     clip_rewards: bool = False  # clip rewards to -1 .. 1 (returns are always reported as they are)
@@ -105,10 +106,10 @@ class Args:
     # distributed
     per_rank_batch_size: int = 64  # rows per minibatch and rank, rounded so that all minibatches have one size
     share_data: bool = False  # shuffle all ranks' rollouts together; each takes its part of every minibatch
-    exchange: Literal["auto", "ddp", "tcp"] = "auto"  # of gradients; auto: tcp for small networks on CPUs of a machine
+    exchange: Literal["auto", "ddp", "tcp"] = "auto"  # of gradients; auto: tcp for small networks on one machine's CPUs
     compile: bool = False  # compile the train step with torch.compile
     num_threads: int = 1  # torch's CPU threads per rank: small networks run slower on more
-    dist_timeout: int = 1800  # seconds that ranks wait for one that, for example, evaluates
+    dist_timeout: int = 1800  # seconds that ranks wait for a slow one, for example while it evaluates
 
     def __post_init__(self) -> None:
         counts = ("num_envs", "num_steps", "update_epochs", "per_rank_batch_size", "keep_checkpoints", "num_threads")
@@ -118,7 +119,7 @@ class Args:
 
 
 class CheckedEnv(gym.Wrapper):
-    """Makes mistakes errors that a vector of environments would pass over, and drops the infos that nobody reads."""
+    """Raises errors for mistakes that a vector of environments would let pass, and drops unused infos."""
 
     def reset(self, **kwargs) -> tuple[object, dict]:
         obs, info = self.call(self.env.reset, **kwargs)
@@ -152,11 +153,14 @@ class Video(gym.wrappers.RecordVideo):
 def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     """One environment of --vec-env sync or async, the place for wrappers of your own."""
     if multiprocessing.current_process().name.startswith("Worker"):
-        os.setpgid(0, 0)  # whatever the environment starts can be ended with it
+        os.setpgid(0, 0)  # `clean_up` can end whatever the environment starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sys.platform == "linux":  # PR_SET_PDEATHSIG: if this rank is killed, the worker closes the environment
+            ctypes.CDLL(None).prctl(1, signal.SIGINT)
     kwargs = json.loads(args.env_kwargs)
     if video_dir:
         kwargs["render_mode"] = "rgb_array"
-    env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    env = gym.make(args.env_id, **kwargs)
     return CheckedEnv(Video(env, video_dir) if video_dir else env)
 
 
@@ -180,16 +184,18 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             if args.episodic_life:
                 kwargs["episodic_life"] = True
             envs = import_module("envpool").make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **kwargs)
-            envs = gym.vector.VectorWrapper(envs)  # which has the space of all environments, EnvPool that of one
+            envs = gym.vector.VectorWrapper(envs)  # its space must be that of all environments; EnvPool's is of one
             envs.observation_space = batch_space(envs.single_observation_space, num_envs)
         elif args.vec_env == "native":
-            if is_atari:  # ALE's own episodic_life would begin a new game with each life; here it costs a step
+            if is_atari:  # ALE's own episodic_life would begin a new game; this leaves out the step after a lost life
                 kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life}
             envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
         else:
             makers = [partial(make_env, args, video_dir if i == 0 else None) for i in range(num_envs)]
-            options = {"daemon": False} if args.vec_env == "async" else {}  # daemons may not start processes
-            envs = (AsyncVectorEnv if args.vec_env == "async" else SyncVectorEnv)(makers, copy=False, **options)
+            if args.vec_env == "async":
+                envs = AsyncVectorEnv(makers, copy=False, daemon=False)  # daemons may not start processes
+            else:
+                envs = SyncVectorEnv(makers, copy=False)
         if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
             raise ValueError("the autoreset mode must be NEXT_STEP")
         if not isinstance(envs.single_observation_space, spaces.Box):
@@ -251,7 +257,7 @@ class Agent(nn.Module):
         super().__init__()
         self.action_space = action_space
         self.is_discrete = not isinstance(action_space, spaces.Box)
-        if self.is_discrete:  # a categorical per dimension; the finite mask rules out choices that a smaller one lacks
+        if self.is_discrete:  # a categorical per dimension; -1e9 masks choices that smaller dimensions lack
             if isinstance(action_space, spaces.MultiBinary):
                 num_choices = np.full(action_space.shape, 2)
             else:
@@ -299,8 +305,8 @@ class Agent(nn.Module):
     def policy(self, output: Tensor | ndarray, inputs: dict, mask_or_log_std: Tensor | ndarray) -> dict:
         """Parameters of the distribution to act and to train: logits (B, A, choices), or mean and log_std (B, A).
 
-        `output` is the actor's for `inputs`, which in training are a minibatch and in acting what `from_env` returns.
-        All are tensors in training, and may be arrays in acting.
+        `output` is the actor's for `inputs`: a minibatch in training; in acting, what `from_env` returns, and in a
+        rollout its other arrays too. All are tensors in training, and may be arrays in acting.
         """
         if self.is_discrete:
             return {"logits": output.reshape(-1, *mask_or_log_std.shape) + mask_or_log_std}
@@ -309,8 +315,8 @@ class Agent(nn.Module):
     def forward(self, minibatch: Tensors) -> Tensors:
         """Log-probabilities of the actions, entropies and values, each (B,), and what `policy` returns.
 
-        What you add to these outputs reaches `make_batch` and `ppo_loss` by its name; `make_batch` calls it without
-        what it computes itself.
+        What you add to these outputs reaches `make_batch` and `ppo_loss` by its name. In `make_batch` the minibatch has
+        no logprobs, values, advantages, returns and weights yet.
         """
         features = self.trunk(minibatch["obs"])
         outputs = self.policy(self.actor(features), minibatch, self.mask_or_log_std())
@@ -329,17 +335,18 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def torch_policy(self, inputs: Arrays) -> Arrays:
-        """What `policy` returns for what `from_env` does."""
-        mask_or_log_std = self.mask_or_log_std()
-        tensors = {name: torch.as_tensor(array, device=mask_or_log_std.device) for name, array in inputs.items()}
-        outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, mask_or_log_std)
+        """`policy` of arrays, computed in torch."""
+        device = next(self.parameters()).device
+        tensors = {name: torch.as_tensor(array, device=device) for name, array in inputs.items()}
+        outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, self.mask_or_log_std())
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
-    def act(
-        self, inputs: Arrays, rng: np.random.Generator | None = None, numpy_policy: Callable | None = None
-    ) -> ndarray:
+    def act(self, inputs: Arrays, rng: np.random.Generator | None = None) -> ndarray:
         """Actions (N, A) for what `from_env` returns, random by `rng` or greedy without; `to_env` converts them."""
-        outputs = (numpy_policy or self.torch_policy)(inputs)
+        return self.sample(self.torch_policy(inputs), rng)
+
+    def sample(self, outputs: Arrays, rng: np.random.Generator | None = None) -> ndarray:
+        """Actions (N, A) of the distribution that `policy` describes, random by `rng` or the likeliest."""
         if self.is_discrete:
             logits = outputs["logits"]
             return (logits + rng.gumbel(size=logits.shape) if rng else logits).argmax(-1)  # arXiv:1411.0030
@@ -353,19 +360,20 @@ class Agent(nn.Module):
     def from_env(self, obs: ndarray, infos: dict) -> Arrays:
         """What N observations and infos give `act` and `forward`, (N, ...) by name; `collect_rollout` stores it.
 
-        Return the same names each time, and keep no state: rollouts and evaluations take turns.
+        `infos` has only what INFO_NAMES lists. Return the same names each time, and keep no state: rollouts and
+        evaluations take turns.
         `obs` are images, or vectors in which 8-bit numbers become 0 .. 1.
         """
         obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
         return {"obs": obs if self.is_image else obs / self.obs_scale}
 
     def to_env(self, actions: ndarray) -> ndarray:
-        """Actions (N, A) as environments take them: -1 .. 1 scaled to bounds of a Box within 1e6, others clipped."""
+        """Actions (N, A) as environments take them: -1 .. 1 is scaled to bounds of a Box below 1e6, all are clipped."""
         space = self.action_space
         actions = actions.reshape(-1, *space.shape)
         if self.is_discrete:
             return (actions + getattr(space, "start", 0)).astype(space.dtype, copy=False)
-        # NaN can crash a simulator; it ends the run after the update
+        # NaN could crash a simulator; `check_finite` ends the run instead
         actions = np.nan_to_num(self.center + actions * self.scale)
         return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
 
@@ -385,10 +393,10 @@ def make_mlp(num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, a
 
 
 def make_numpy_policy(agent: Agent) -> Callable | None:
-    """What `Agent.policy` returns for N inputs, in numpy: much faster for few of them. None if the actor is no MLP."""
+    """`Agent.policy` of arrays, in numpy: much faster for few rows. None on a GPU, or if a layer is unknown here."""
     layers = (*agent.trunk, *agent.actor)
     kinds = {type(layer) for layer in layers}
-    if agent.mask_or_log_std().is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
+    if next(agent.parameters()).is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
         return None
     mask_or_log_std = agent.mask_or_log_std().detach().numpy()
     steps = [(type(layer), [tensor.numpy().T for tensor in layer.state_dict().values()]) for layer in layers]
@@ -414,12 +422,14 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
 def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[Arrays, Arrays]:
     """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
-    The next rollout fills the same arrays, and row T becomes its row 0; actions, rewards and terminations have none.
+    The next rollout fills the same arrays, and row T becomes its row 0; that of actions and rewards is not used.
     An array that you add here and fill in `collect_rollout` reaches `Agent.act` and `Agent.forward` by its name. What
     comes from the environment belongs into `Agent.from_env`, which evaluations use too.
     """
     shape = (args.num_steps + 1, args.num_envs)
-    rollout = {name: np.stack([array] * shape[0]) for name, array in agent.from_env(obs, infos).items()}
+    inputs = agent.from_env(obs, infos)
+    rollout = {name: np.stack([array] * shape[0]) for name, array in inputs.items()}
+    rollout |= {name: np.stack([array] * shape[0]) for name, array in agent.torch_policy(inputs).items()}
     rollout |= {
         "actions": np.zeros((*shape, agent.num_actions), np.int64 if agent.is_discrete else np.float32),
         "rewards": np.zeros(shape, np.float32),
@@ -443,11 +453,14 @@ def collect_rollout(
     resets = rollout["resets"]
     rewards = rollout["rewards"]
     over = np.zeros((args.num_steps, args.num_envs), bool)  # where episodes ended
-    numpy_policy = make_numpy_policy(agent)
+    policy = make_numpy_policy(agent) or agent.torch_policy
     for t in range(args.num_steps):
-        actions = agent.act({name: array[t] for name, array in rollout.items()}, rng, numpy_policy)
+        outputs = policy({name: array[t] for name, array in rollout.items()})
+        actions = agent.sample(outputs, rng)
         if actions.shape != rollout["actions"][t].shape:
-            raise ValueError(f"Agent.act returns {actions.shape}, not {rollout['actions'][t].shape}")
+            raise ValueError(f"Agent.sample returns {actions.shape}, not {rollout['actions'][t].shape}")
+        for name, array in outputs.items():
+            rollout[name][t] = array
         next_obs, step_rewards, terminations, truncations, infos = envs.step(agent.to_env(actions))
         for name, array in agent.from_env(next_obs, infos).items():
             rollout[name][t + 1] = array
@@ -459,7 +472,7 @@ def collect_rollout(
 
     ended = {"episodes": over.sum()}
     ended |= {"observations": rollout["obs"].sum(dtype=float), "rewards": rewards.sum()}  # for `check_finite`
-    is_over = np.maximum.accumulate(over[::-1])[::-1]  # rows up to the last end of an episode
+    is_over = np.maximum.accumulate(over[::-1])[::-1]  # is_over[t]: an episode ends at t or later in this rollout
     for name, per_row in (("episode_returns", rewards[:-1]), ("episode_lengths", ~resets[:-1])):
         ended[name] = sums[name][is_over[0]].sum() + per_row[is_over].sum(dtype=float)
         sums[name] = sums[name] * ~is_over[0] + (per_row * ~is_over).sum(0, dtype=float)
@@ -514,30 +527,28 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     """
     not_in_minibatches = ("rewards", "terminations", "resets", "discounted_returns")
     arrays = {name: array for name, array in rollout.items() if name not in not_in_minibatches}
-    # (T + 1) * N rows, N of a decoupled trainer being its share of environments: row i + N follows row i. The last
-    # observation of an episode is in no minibatch's `obs`, only in that of rows that follow
+    # (T + 1) * N rows: row i + N follows row i, and rows[name][-R:] follow the batch's. An episode's last observation
+    # is in a row of a reset, which no minibatch has: to learn of next observations, add a column of rows that follow
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in arrays.items()}
     outputs = predict(agent, rows)
-    acting_policy = make_numpy_policy(agent) or agent.torch_policy
-    for name, array in acting_policy({name: tensor[:64].cpu().numpy() for name, tensor in rows.items()}).items():
-        if not np.allclose(array, outputs[name][:64].cpu(), rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise SystemExit(
-                f"error: Agent.forward and {acting_policy.__name__} differ in {name}: both need each layer"
-            )
-    values = outputs["values"].cpu().numpy().reshape(rollout["resets"].shape)
+    resets = rollout["resets"]
+    is_valid = torch.from_numpy(~resets[:-1]).to(device).flatten()
+    for name in outputs.keys() & rows.keys():  # what the policy that acted gave
+        pair = (tensor[: len(is_valid)][is_valid] for tensor in (rows.pop(name), outputs[name]))
+        if not torch.allclose(*pair, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise SystemExit(f"error: what acted differs from Agent.forward in {name}: a layer or input is in one only")
+    values = outputs["values"].cpu().numpy().reshape(resets.shape)
     rewards = rollout["rewards"][:-1]
     if agent.reward_rms:
         rewards = (rewards / agent.reward_rms.std.cpu().numpy()).clip(-10, 10)
-    resets = rollout["resets"]
     advantages = compute_gae(rewards, values, rollout["terminations"][:-1], resets[1:], args.gamma, args.gae_lambda)
     computed = {
         "values": values[:-1],
         "advantages": advantages,
         "returns": advantages + values[:-1],
-        "valid": (~resets[:-1]).astype(np.float32),
     }
     batch = {name: torch.from_numpy(array).to(device).flatten() for name, array in computed.items()}
-    batch["logprobs"] = outputs["logprobs"][: rewards.size]
+    batch |= {"logprobs": outputs["logprobs"][: rewards.size], "valid": is_valid.float()}
     if clash := batch.keys() & rows.keys():
         raise SystemExit(f"error: make_batch computes {clash}: rename these arrays of the rollout")
     return batch | {name: tensor[: rewards.size] for name, tensor in rows.items()}
@@ -584,13 +595,14 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
     """The optimizer, and a vector (P,): the parameters become views of it, their gradients views of its `grad`.
 
     To exchange, clip and step one vector is much faster than many tensors. Groups of parameters with options of their
-    own go into `groups`, as for any optimizer of torch. From here on fill parameters and gradients in place:
-    `zero_grad()` or another `.to()` would cut them off.
+    own go into `groups`, as for any optimizer of torch, with their initial learning rate and a name for the log. After
+    this, change parameters and gradients in place only: `zero_grad()` or another `.to()` would cut them off.
     """
-    # an agent's actor and critic are not all: it may have a trunk and log_std
-    groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]
+    # beside actor and critic there may be a trunk and log_std
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    groups = [{"params": trained, "lr": args.learning_rate, "name": "learning_rate"}]
     parameters = [p for group in groups for p in group["params"]]
-    if sorted(map(id, parameters)) != sorted(id(p) for p in agent.parameters() if p.requires_grad):
+    if sorted(map(id, parameters)) != sorted(map(id, trained)):
         raise SystemExit("error: make_optimizer: each parameter that requires a gradient must be in one group")
     flat = nn.utils.parameters_to_vector(parameters).detach()
     flat.grad = torch.zeros_like(flat)
@@ -602,9 +614,9 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[torch.optim.Optimizer, Ten
         part.grad = grad
         group["params"] = [part]
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=not args.compile)
+        optimizer = torch.optim.Adam(groups, eps=1e-5, fused=not args.compile)
     else:
-        optimizer = torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5)
+        optimizer = torch.optim.RMSprop(groups, eps=1e-5)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer, flat
@@ -621,11 +633,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict:
     """Set the learning rate of each group to `factor` of its initial one; return them by name, for the log."""
-    rates = {}
-    for i, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["initial_lr"] * factor)  # torch.compile would compile anew for each number
-        rates[f"learning_rate_{i}" if i else "learning_rate"] = float(group["lr"])
-    return rates
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
 def compile_gradient(agent: Agent, args: Args) -> Callable:
@@ -640,7 +650,7 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
         return ppo_loss(func.functional_call(agent, tensors, (minibatch,)), minibatch, args)
 
     gradient = func.grad(loss_at, has_aux=True)
-    options = {"cpp_wrapper": not agent.mask_or_log_std().is_cuda}
+    options = {"cpp_wrapper": not next(agent.parameters()).is_cuda}
     # do not check at each call that torch's own layers are what they were
     options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
     return torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
@@ -658,7 +668,7 @@ def make_train_step(
 ) -> Callable:
     """Make a function that takes an optimizer step on a minibatch and returns metrics.
 
-    `reduce_gradients` sums them over the ranks; it is None with one rank, or where `model` averages them.
+    `reduce_gradients` sums the gradients over the ranks; it is None with one rank, or if `model` averages them.
     """
     gradient = compile_gradient(agent, args) if args.compile else None
     grad = flat.grad
@@ -693,7 +703,7 @@ def make_train_step(
 def shuffle(
     valid: ndarray, counts: ndarray, num_minibatches: int, part: int, num_parts: int, rng: np.random.Generator
 ) -> Iterator[Tensors]:
-    """For each epoch deal the valid of R rows to minibatches; yield `rows` and `weights` (minibatches, B) of a part.
+    """Deal the valid of R rows to minibatches, anew each epoch; yield `rows` and `weights` (minibatches, B) of a part.
 
     Short minibatches are padded with a row of weight 0. `counts` holds the number of valid rows of each rank. With
     these weights the mean of the ranks' weighted sums is the mean over all valid rows of a minibatch.
@@ -755,7 +765,7 @@ def connect_ranks(rank: int, world_size: int, broadcast: Callable) -> list[Conne
 
 
 def sum_over_tcp(tensor: Tensor, rank: int, peers: list[Connection], timeout: float) -> Tensor:
-    """Make each rank's tensor the sum of all, fast if small: a rank that waits spins for 0.1 s, and then sleeps."""
+    """Make each rank's tensor the sum of all, fast for small ones: a rank that waits spins for 0.1 s, then sleeps."""
     array = tensor.view(-1).numpy()
     received = np.empty_like(array)
     try:
@@ -799,7 +809,7 @@ def rollout_numbers(batch: Tensors) -> dict:
         "valid_rows": len(advantages),
         "advantages": advantages.sum(),
         "squared_advantages": advantages.square().sum(),
-        # of returns less values, which the advantages are
+        # advantages = returns - values
         "explained_variance": 1 - advantages.var(correction=0) / (batch["returns"][valid].var(correction=0) + 1e-12),
     }
 
@@ -833,7 +843,6 @@ def update_normalizers(agent: Agent, rollout: Arrays, all_reduce: Callable) -> N
             rms.update(torch.from_numpy(rows[is_valid]).to(rms.mean.device), all_reduce)
 
 
-@torch.no_grad()
 def evaluate(agent: Agent, args: Args, video_dir: str | None, signals: list) -> ndarray:
     """Returns (eval_episodes,) of greedy episodes, each in an environment of its own; a signal cuts them short."""
     print(f"evaluating {args.eval_episodes} episodes", flush=True)
@@ -843,7 +852,7 @@ def evaluate(agent: Agent, args: Args, video_dir: str | None, signals: list) -> 
     for _ in range(args.eval_max_steps):
         if signals or not running.any():
             break
-        actions = agent.act(agent.from_env(obs, infos))
+        actions = agent.sample(agent.torch_policy(agent.from_env(obs, infos)))
         obs, rewards, terminations, truncations, infos = envs.step(agent.to_env(actions))
         returns += np.where(running, rewards, 0.0)
         running &= ~has_ended(terminations, truncations, infos, args)
@@ -866,7 +875,7 @@ class Log:
         self.mean_return = math.nan
 
     def add(self, metrics: dict, global_step: int) -> None:
-        """Add a point to the curve of each metric; all pass here. One event for all is much faster than one each."""
+        """Add a point to each curve, as all scalars are; one event for all is much faster than one each."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=values), global_step)
 
@@ -889,7 +898,8 @@ class Log:
         if rows >= self.next_line:
             self.next_line = rows + self.total // 20
             line = f"step {rows} of {self.total}: return {self.mean_return:.2f}, {speed:.0f} steps/s"
-            print(f"{line}, learning rate {learning_rates['learning_rate']:.2g}", flush=True)
+            rates = ", ".join(f"{name} {rate:.2g}" for name, rate in learning_rates.items())
+            print(f"{line}, {rates}", flush=True)
 
 
 def evaluate_and_keep_best(agent: Agent, args: Args, run_dir: str, log: Log, state: dict, signals: list) -> None:
@@ -959,7 +969,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def open_run(args: Args, logs: str) -> tuple[str, dict | None]:
-    """The run's folder below `logs` and the checkpoint to resume; one that is not its run's last gets a new folder."""
+    """Folder below `logs` and checkpoint to resume; the run goes on in its folder only from its last checkpoint."""
     prefix = f"{logs}/{args.env_id.replace('/', '-')}_{args.exp_name}_{args.seed}"
     run_dir = f"{prefix}_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     path = args.resume
@@ -983,9 +993,10 @@ def open_run(args: Args, logs: str) -> tuple[str, dict | None]:
 
 
 def trained_args(path: str) -> Args:
-    """The arguments that the agent of a checkpoint was trained with, but to evaluate it."""
+    """The arguments of a checkpoint's training, changed so as to evaluate it."""
     trained = load_checkpoint(path)["args"]
     trained |= {"capture_video": False, "resume": "", "evaluate": path}
+    trained["eval_episodes"] = trained["eval_episodes"] or Args.eval_episodes
     return Args(**{name: value for name, value in trained.items() if hasattr(Args, name)})
 
 
@@ -1005,7 +1016,7 @@ def evaluate_checkpoint(args: Args) -> None:
 
 
 def catch_signals() -> list[float]:
-    """Note the times of SIGINT and SIGTERM: a run stops after its iteration, or at once by one more than 1 s later."""
+    """Note the times of SIGINT and SIGTERM: a run stops after its iteration, or at once on another one 1 s later."""
     times = []
 
     def handler(*_) -> None:
@@ -1078,7 +1089,7 @@ def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_checkpoint(args)
 
-    # the run, a new one or a resumed one; before the ranks meet, so that none waits if this fails
+    # find the run before the ranks connect, so that a failure here ends all at once
     opened_run = open_run(args, "logs/fabric_logs") if os.environ.get("RANK", "0") == "0" else None
 
     # ranks and sizes
@@ -1101,7 +1112,7 @@ def main(args: Args) -> None:
     envs, obs, infos = make_envs(args, args.num_envs, args.seed + rows + rank * args.num_envs, video_dir)
 
     # agent and optimizer
-    torch.manual_seed(args.seed)  # of all ranks: each has random streams of its own below
+    torch.manual_seed(args.seed)  # the same on all ranks; actions and shuffling have generators of their own
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)

@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "rows of resets are experience",
         "make_batch",
-        "(~resets[:-1])",
-        "(~resets[:-1] | True)",
+        "torch.from_numpy(~resets[:-1])",
+        "torch.from_numpy(~resets[:-1] | True)",
         "test_algorithm.py -k reset_rows",
     ),
     Mutant(
@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "the mask of missing choices is dropped",
         "Agent",
-        "*head.shape) + head}",
-        "*head.shape)}",
+        "*mask_or_log_std.shape) + mask_or_log_std}",
+        "*mask_or_log_std.shape)}",
         "test_algorithm.py -k categorical",
     ),
     Mutant(
@@ -134,8 +134,8 @@ MUTANTS = [
     ),
     Mutant(
         "the optimizer starts anew on resume",
-        "main",
-        '{"state": state["optimizer"]["state"]}',
+        "load_optimizer",
+        '{"state": moments}',
         "{}",
         "test_checkpoints.py -k stopped_and_resumed",
         COUPLED,

@@ -30,7 +30,7 @@ def probe(module) -> dict:
     lists = ("after", "batches", "received", "rows", "weights", "seeds", "acted", "rollouts")
     notes = {"before": None, "normalised": {}} | {name: [] for name in lists}
     update, make_optimizer, collect_rollout = module.update, module.make_optimizer, module.collect_rollout
-    make_envs, normalise, act = module.make_envs, module.RunningMeanStd.update, module.Agent.act
+    make_envs, normalise, sample = module.make_envs, module.RunningMeanStd.update, module.Agent.sample
 
     def vector():
         return torch.nn.utils.parameters_to_vector(notes["agent"].parameters()).detach().clone()
@@ -72,7 +72,7 @@ def probe(module) -> dict:
     module.update, module.make_optimizer, module.collect_rollout = noting_update, noting_optimizer, noting_rollout
     module.make_envs, module.RunningMeanStd.update = noting_envs, noting_normaliser
     if "GREEDY" in os.environ:
-        module.Agent.act = lambda self, inputs, rng=None, numpy_policy=None: act(self, inputs, None, numpy_policy)
+        module.Agent.sample = lambda self, outputs, rng=None: sample(self, outputs)
     if hasattr(module, "choose_exchange"):
         choose_exchange = module.choose_exchange
 

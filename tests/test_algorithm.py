@@ -213,7 +213,8 @@ def test_acting_and_training_know_the_same_actor(activation, normalize_obs):
     assert (numpy_policy is None) == ("unknown" in activation)
     for _ in range(2):
         expected = agent({"obs": obs, "actions": torch.zeros(50, 4)})["mean"].detach().numpy()
-        np.testing.assert_allclose(agent.act({"obs": obs.numpy()}, None, numpy_policy), expected, atol=1e-5)
+        if numpy_policy:
+            np.testing.assert_allclose(agent.sample(numpy_policy({"obs": obs.numpy()})), expected, atol=1e-5)
         np.testing.assert_allclose(agent.act({"obs": obs.numpy()}), expected, atol=1e-5)
         flat += 0.1 * torch.randn_like(flat)
         if normalize_obs:
@@ -395,10 +396,9 @@ def test_a_policy_that_acts_otherwise_than_it_trains_is_an_error(monkeypatch):
     def other_actor(inputs):
         return {"logits": np.ones((len(inputs["obs"]), 1, 2), np.float32)}
 
-    agent, [(rollout, _, _)] = collect("CartPole-v1", num_steps=8)
     monkeypatch.setattr(ppo, "make_numpy_policy", lambda agent: other_actor)
-    with pytest.raises(SystemExit, match=r"Agent\.forward and other_actor differ in logits"):
-        ppo.make_batch(agent, rollout, torch.device("cpu"), ppo.Args())
+    with pytest.raises(SystemExit, match=r"what acted differs from Agent\.forward in logits"):
+        collect("CartPole-v1", num_steps=8)
 
 
 def test_numbers_of_a_rollout_leave_out_reset_rows():
@@ -684,7 +684,7 @@ def test_an_action_of_the_wrong_width_is_an_error():
     agent.log_std = torch.nn.Parameter(torch.zeros(1))
     agent.num_actions = 1
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match=r"Agent.act returns \(4, 1\), not \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"Agent.sample returns \(4, 1\), not \(4, 2\)"):
         ppo.collect_rollout(agent, envs, rollout, episodes, rng, args)
 
 

@@ -357,7 +357,7 @@ def test_a_value_in_another_form_is_answered_with_the_right_one(tmp_path, flags,
 def test_a_run_that_goes_on_says_its_learning_rate(tmp_path):
     start(TORCH, tmp_path)
     status, output = start(TORCH, tmp_path, "--total-timesteps", 1024, "--resume", "auto")
-    assert status == 0 and re.search(r"step 640 of 1024: .*learning rate 0.0005", output), output
+    assert status == 0 and re.search(r"step 640 of 1024: .*learning_rate 0.0005", output), output
 
 
 def test_ctrl_c_in_the_final_evaluation_says_so(tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ EAGER = pytest.mark.parametrize(
 
 SUPER = "        super().__init__()\n        self.action_space = action_space\n"
 CRITIC = "        self.critic = make_mlp(num_features, hidden_sizes, 1, args.activation_function)\n"
-GROUPS = '    groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]\n'
+GROUPS = '    groups = [{"params": trained, "lr": args.learning_rate, "name": "learning_rate"}]\n'
 
 
 def hack(folder: Path, mode: str, *changes: tuple[str, str], flags: tuple = ()) -> tuple[int, str]:
@@ -79,12 +79,12 @@ def test_a_frozen_network_stays_as_it_is(tmp_path, mode):
 @MODE_BUT_COMPILE
 def test_groups_of_parameters_have_learning_rates_of_their_own(tmp_path, mode):
     two = (
-        '    groups = [{"params": list(agent.actor.parameters())}]\n'
-        '    groups += [{"params": list(agent.critic.parameters()), "lr": 0.0}]\n'
-        "    nn.init.ones_(agent.actor[-1].bias)\n"
-        "    nn.init.ones_(agent.critic[-1].bias)\n"
+        '    groups = [{"params": list(agent.actor.parameters()), "lr": args.learning_rate, "name": "actor"}]\n'
+        '    groups += [{"params": list(agent.critic.parameters()), "lr": 0.0, "name": "critic"}]\n'
     )
-    status, output = hack(tmp_path, mode, (GROUPS, two))
+    ones = "        nn.init.ones_(self.actor[-1].bias)\n        nn.init.ones_(self.critic[-1].bias)\n"
+    own = "        # layers of your own go here"
+    status, output = hack(tmp_path, mode, (GROUPS, two), (own, ones + own))
     assert status == 0, output
     assert (trained(tmp_path)["critic.4.bias"] == 1).all() and (trained(tmp_path)["actor.4.bias"] != 1).all()
 
@@ -138,7 +138,7 @@ def test_an_action_of_the_wrong_width_is_an_error(tmp_path, mode):
         (mean, mean.replace('outputs["mean"]', 'outputs["mean"] + np.zeros((1, 2), np.float32)')),
         flags=("--env-id", "toy_envs:NanObsBox-v0"),
     )
-    assert status != 0 and "Agent.act returns (4, 2), not (4, 1)" in output, output
+    assert status != 0 and "Agent.sample returns (4, 2), not (4, 1)" in output, output
     assert not list(tmp_path.rglob("step-*.pt"))
 
 
@@ -152,7 +152,7 @@ def test_a_layer_in_forward_alone_is_an_error(tmp_path, mode):
         (CRITIC, CRITIC + "        self.extra = nn.Linear(num_outputs, num_outputs)\n"),
         (policy, "outputs = self.policy(self.extra(self.actor(features)), minibatch, self.mask_or_log_std())"),
     )
-    assert status != 0 and "Agent.forward and numpy_policy differ in logits" in output, output
+    assert status != 0 and "what acted differs from Agent.forward in logits" in output, output
     assert not list(tmp_path.rglob("step-*.pt"))
 
 
@@ -257,7 +257,7 @@ def two_learning_rates(folder, file, run_again):
     before, after = initial(folder, file), trained(folder)
     for name, tensor in after.items():
         assert torch.allclose(tensor, before[name], atol=1e-5) == name.startswith("critic"), name
-    assert set(values(folder, "Info/learning_rate_1")) == {0.0}
+    assert set(values(folder, "Info/critic_learning_rate")) == {0.0}
 
 
 @effect("--env-id", "toy_envs:Masked-v0")

@@ -36,7 +36,7 @@ def test_a_trained_agent_in_two_minutes(tmp_path):
     path = f"{BIN}:{os.environ['PATH']}"
     output = run(["bash", "-c", train], cwd=tmp_path, timeout=240, PATH=path)
     assert scalars(tmp_path)["Test/cumulative_reward"][-1][1] >= 475, output
-    lines = re.findall(r"^step \d+ of 99328: return [\d.]+, \d+ steps/s, learning rate \S+$", output, re.MULTILINE)
+    lines = re.findall(r"^step \d+ of 99328: return [\d.]+, \d+ steps/s, learning_rate \S+$", output, re.MULTILINE)
     assert len(lines) == math.ceil(97 / 5)  # of 97 iterations every fifth, so that it is about twenty lines
     (events,) = {path.parent for path in tmp_path.rglob("events.*")}
     log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
@@ -102,6 +102,7 @@ def test_every_metric_is_explained():
         losses = re.findall(r'"(\w+)": ', source.partition("    metrics = {\n")[2].partition("    }\n")[0])
         losses += re.findall(r'metrics \| \{"(?!stop")(\w+)"', source)
         ((times,),) = {tuple(re.findall(r"dict\(zip\(\((.*?)\), np.diff\(times\)", source))}
+        tags[file] |= {f"Info/{name}" for name in re.findall(r'"name": "(learning_rate)"', source)}
         tags[file] |= {f"Loss/{name}" for name in losses} | {f"Time/{name}" for name in re.findall(r"\w+", times)}
         assert {"Loss/policy_loss", "Loss/clip_fraction", "Loss/grad_norm", "Time/communication"} <= tags[file]
     assert set.union(*tags.values()) == explained

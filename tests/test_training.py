@@ -226,11 +226,12 @@ def with_groups(source):
     import inspect
 
     text = inspect.getsource(source)
-    line = '    groups = [{"params": [p for p in agent.parameters() if p.requires_grad]}]\n'
+    line = '    groups = [{"params": trained, "lr": args.learning_rate, "name": "learning_rate"}]\n'
     assert line in text
     new = (
-        '    groups = [{"params": list(agent.critic.parameters()), "lr": 0.0}]\n'
-        '    groups += [{"params": [p for p in agent.actor.parameters() if p.requires_grad]}]\n'
+        '    groups = [{"params": list(agent.critic.parameters()), "lr": 0.0, "name": "critic"}]\n'
+        "    actor = [p for p in agent.actor.parameters() if p.requires_grad]\n"
+        '    groups += [{"params": actor, "lr": args.learning_rate, "name": "actor"}]\n'
     )
     scope = {}
     exec(text.replace(line, new), vars(ppo), scope)
