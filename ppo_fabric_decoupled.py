@@ -137,7 +137,10 @@ class CheckedEnv(gym.Wrapper):
     """Raises errors for mistakes that a vector of environments would let pass, and drops unused infos."""
 
     def reset(self, **kwargs) -> tuple[object, dict]:
-        obs, info = self.call(self.env.reset, **kwargs)
+        try:
+            obs, info = self.env.reset(**kwargs)
+        except SystemExit as error:
+            raise RuntimeError(f"the environment has called sys.exit({error.code})") from error
         space = self.observation_space
         try:  # in another process it would be cast and broadcast
             concatenate(space, [obs], create_empty_array(space, 1))
@@ -146,17 +149,17 @@ class CheckedEnv(gym.Wrapper):
         return obs, {name: info[name] for name in INFO_NAMES if name in info}
 
     def step(self, action: object) -> tuple[object, float, bool, bool, dict]:
-        obs, reward, terminated, truncated, info = self.call(self.env.step, action)
-        reward = np.asarray(reward)
-        if reward.size != 1:
-            raise ValueError(f"the reward has the shape {reward.shape}: it must be one number")
-        return obs, reward.item(), terminated, truncated, {name: info[name] for name in INFO_NAMES if name in info}
-
-    def call(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            return method(*args, **kwargs)
+            obs, reward, terminated, truncated, info = self.env.step(action)
         except SystemExit as error:
             raise RuntimeError(f"the environment has called sys.exit({error.code})") from error
+        if isinstance(reward, np.ndarray):
+            if reward.size != 1:
+                raise ValueError(f"the reward has the shape {reward.shape}: it must be one number")
+            reward = reward.item()
+        if info:
+            info = {name: info[name] for name in INFO_NAMES if name in info}
+        return obs, reward, terminated, truncated, info
 
 
 class Video(gym.wrappers.RecordVideo):
@@ -292,9 +295,10 @@ class Agent(nn.Module):
             self.scale = (high - low) / 2
             self.center = (high + low) / 2
 
-        self.obs_scale = np.where((obs_space.low == 0) & (obs_space.high == 255), 255, 1).astype(np.float32).ravel()
         # the CNN needs 36 pixels
         self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) > 1 and sorted(obs_space.shape)[-2] >= 36
+        is_byte = ((obs_space.low == 0) & (obs_space.high == 255)).ravel()
+        self.obs_scale = np.where(is_byte, 255, 1).astype(np.float32) if is_byte.any() and not self.is_image else None
         self.obs_dtype = np.uint8 if self.is_image else np.float32
         self.obs_shape = obs_space.shape if self.is_image else (math.prod(obs_space.shape),)
         self.obs_rms = RunningMeanStd(*self.obs_shape) if args.normalize_obs and not self.is_image else None
@@ -356,17 +360,23 @@ class Agent(nn.Module):
         outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, self.mask_or_log_std())
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
-    def act(self, inputs: Arrays, rng: np.random.Generator | None = None) -> ndarray:
-        """Actions (N, A) for what `from_env` returns, random by `rng` or greedy without; `to_env` converts them."""
-        return self.sample(self.torch_policy(inputs), rng)
+    def act(self, inputs: Arrays) -> ndarray:
+        """The likeliest actions (N, A) for what `from_env` returns; `to_env` converts them."""
+        return self.sample(self.torch_policy(inputs))
 
-    def sample(self, outputs: Arrays, rng: np.random.Generator | None = None) -> ndarray:
-        """Actions (N, A) of the distribution that `policy` describes, random by `rng` or the likeliest."""
+    def make_noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> ndarray:
+        """Noise for `sample`: Gumbel for discrete actions (arXiv:1411.0030), Gaussian for continuous ones."""
+        if self.is_discrete:
+            return rng.gumbel(size=(*shape, *self.mask.shape)).astype(np.float32)
+        return rng.standard_normal((*shape, self.num_actions), np.float32)
+
+    def sample(self, outputs: Arrays, noise: ndarray | None = None) -> ndarray:
+        """Actions (N, A) of the distribution that `policy` describes, by noise or the likeliest."""
         if self.is_discrete:
             logits = outputs["logits"]
-            return (logits + rng.gumbel(size=logits.shape) if rng else logits).argmax(-1)  # arXiv:1411.0030
+            return (logits if noise is None else logits + noise).argmax(-1)
         mean = outputs["mean"]
-        return mean + np.exp(outputs["log_std"]) * rng.standard_normal(mean.shape, np.float32) if rng else mean
+        return mean if noise is None else mean + np.exp(outputs["log_std"]) * noise
 
     def mask_or_log_std(self) -> Tensor:
         """What `policy` needs beside the actor's output: the mask (A, choices), or log_std (A,)."""
@@ -375,12 +385,13 @@ class Agent(nn.Module):
     def from_env(self, obs: ndarray, infos: dict) -> Arrays:
         """What N observations and infos give `act` and `forward`, (N, ...) by name; `collect_rollout` stores it.
 
-        `infos` has only what INFO_NAMES lists. Return the same names each time, and keep no state: rollouts and
-        evaluations take turns.
-        `obs` are images, or vectors in which 8-bit numbers become 0 .. 1.
+        `obs` becomes images, or vectors in which 8-bit numbers are 0 .. 1. `infos` has only what INFO_NAMES lists.
+        Return the same names each time, and keep no state: rollouts and evaluations take turns.
         """
         obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
-        return {"obs": obs if self.is_image else obs / self.obs_scale}
+        if self.obs_scale is not None:
+            obs = obs / self.obs_scale
+        return {"obs": obs}
 
     def to_env(self, actions: ndarray) -> ndarray:
         """Actions (N, A) as environments take them: -1 .. 1 is scaled to bounds of a Box below 1e6, all are clipped."""
@@ -469,9 +480,10 @@ def collect_rollout(
     rewards = rollout["rewards"]
     over = np.zeros((args.num_steps, args.num_envs), bool)  # where episodes ended
     policy = make_numpy_policy(agent) or agent.torch_policy
+    noise = agent.make_noise(over.shape, rng)
     for t in range(args.num_steps):
         outputs = policy({name: array[t] for name, array in rollout.items()})
-        actions = agent.sample(outputs, rng)
+        actions = agent.sample(outputs, noise[t])
         if actions.shape != rollout["actions"][t].shape:
             raise ValueError(f"Agent.sample returns {actions.shape}, not {rollout['actions'][t].shape}")
         for name, array in outputs.items():
@@ -664,8 +676,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict:
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
-def compile_gradient(agent: Agent, args: Args) -> Callable:
-    """Compile the gradient of the loss with respect to the vector of `make_optimizer` as one graph."""
+def make_gradient(agent: Agent, args: Args) -> Callable:
+    """The gradient of the loss with respect to the vector of `make_optimizer`, as a function that can be compiled."""
     trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
     trained.sort(key=lambda item: item[1].storage_offset())  # as they are in the vector
     sizes = [p.numel() for _, p in trained]
@@ -675,11 +687,15 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
         tensors = {name: part.view(p.shape) for (name, p), part in parts}
         return ppo_loss(func.functional_call(agent, tensors, (minibatch,)), minibatch, args)
 
-    gradient = func.grad(loss_at, has_aux=True)
-    options = {"cpp_wrapper": not next(agent.parameters()).is_cuda}
+    return func.grad(loss_at, has_aux=True)
+
+
+def compile_graph(function: Callable, is_cuda: bool) -> Callable:
+    """Compile a function as one graph, or fail."""
     # do not check at each call that torch's own layers are what they were
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
-    return torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
+    guards = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+    options = {"cpp_wrapper": not is_cuda, "guard_filter_fn": guards}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def make_train_step(
@@ -695,11 +711,22 @@ def make_train_step(
 
     `reduce_gradients` sums the gradients over the ranks; it is None with one rank, or if `model` averages them.
     """
-    gradient = compile_gradient(agent, args) if args.compile else None
     grad = flat.grad
     step = optimizer.step
-    if args.compile:  # without torch's wrappers for hooks and profiles, which cannot be compiled
+    if args.compile:
+        gradient = make_gradient(agent, args)
+        # without torch's wrappers for hooks and profiles, which cannot be compiled
         step = partial(unwrap(type(optimizer).step), optimizer)
+
+    def backward(minibatch: Tensors) -> Tensors:
+        if args.compile:
+            new_grad, metrics = gradient(flat, minibatch)
+            grad.copy_(new_grad)
+            return metrics
+        grad.zero_()
+        loss, metrics = ppo_loss(model(minibatch), minibatch, args)
+        loss.backward()
+        return metrics
 
     def clip_and_step() -> Tensor:
         grad_norm = grad.norm()
@@ -707,21 +734,17 @@ def make_train_step(
         step()
         return grad_norm
 
-    if args.compile:
-        clip_and_step = torch.compile(clip_and_step, fullgraph=True, dynamic=False)
-
     def train_step(minibatch: Tensors) -> Tensors:
-        if gradient:
-            new_grad, metrics = gradient(flat, minibatch)
-            grad.copy_(new_grad)
-        else:
-            grad.zero_()
-            loss, metrics = ppo_loss(model(minibatch), minibatch, args)
-            loss.backward()
+        metrics = backward(minibatch)
         if reduce_gradients:
             grad.copy_(reduce_gradients(grad) / world_size)
         return metrics | {"grad_norm": clip_and_step()}
 
+    if args.compile:
+        if reduce_gradients is None:
+            return compile_graph(train_step, flat.is_cuda)
+        backward = compile_graph(backward, flat.is_cuda)
+        clip_and_step = compile_graph(clip_and_step, flat.is_cuda)
     return train_step
 
 
@@ -944,7 +967,7 @@ def evaluate(agent: Agent, args: Args, video_dir: str | None, signals: list) -> 
     for _ in range(args.eval_max_steps):
         if signals or not running.any():
             break
-        actions = agent.sample(agent.torch_policy(agent.from_env(obs, infos)))
+        actions = agent.act(agent.from_env(obs, infos))
         obs, rewards, terminations, truncations, infos = envs.step(agent.to_env(actions))
         returns += np.where(running, rewards, 0.0)
         running &= ~has_ended(terminations, truncations, infos, args)

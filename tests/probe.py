@@ -72,7 +72,7 @@ def probe(module) -> dict:
     module.update, module.make_optimizer, module.collect_rollout = noting_update, noting_optimizer, noting_rollout
     module.make_envs, module.RunningMeanStd.update = noting_envs, noting_normaliser
     if "GREEDY" in os.environ:
-        module.Agent.sample = lambda self, outputs, rng=None: sample(self, outputs)
+        module.Agent.sample = lambda self, outputs, noise=None: sample(self, outputs)
     if hasattr(module, "choose_exchange"):
         choose_exchange = module.choose_exchange
 

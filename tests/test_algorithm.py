@@ -170,7 +170,8 @@ def test_categorical_logprobs_entropy_and_samples(space, choices):
     torch.testing.assert_close(outputs["entropy"], sum(reference.entropy() for reference in references))
     torch.testing.assert_close(outputs["values"], agent.critic(obs)[:, 0])
     many = {"obs": obs[:1].expand(100_000, 3).numpy()}
-    sampled, greedy = agent.act(many, np.random.default_rng(0)), agent.act({"obs": obs.numpy()})
+    noise = agent.make_noise((100_000,), np.random.default_rng(0))
+    sampled, greedy = agent.sample(agent.torch_policy(many), noise), agent.act({"obs": obs.numpy()})
     for i, (reference, n) in enumerate(zip(references, choices, strict=True)):
         shares = np.bincount(sampled[:, i], minlength=n) / len(sampled)
         np.testing.assert_allclose(shares, reference.probs[0].detach(), atol=0.01, rtol=0)
@@ -193,7 +194,9 @@ def test_sampled_box_actions_follow_the_gaussian():
     torch.nn.init.normal_(agent.actor[-1].weight, generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(agent.log_std, generator=torch.Generator().manual_seed(0))
     many = {"obs": obs.expand(100_000, 3).numpy()}
-    actions, mean = torch.from_numpy(agent.act(many, np.random.default_rng(0))), agent.actor(obs).detach()
+    noise = agent.make_noise((100_000,), np.random.default_rng(0))
+    actions = torch.from_numpy(agent.sample(agent.torch_policy(many), noise))
+    mean = agent.actor(obs).detach()
     torch.testing.assert_close(actions.mean(0), mean[0], atol=0.04, rtol=0)
     torch.testing.assert_close(actions.std(0), agent.log_std.detach().exp(), atol=0.02, rtol=0.01)
     torch.testing.assert_close(torch.from_numpy(agent.act({"obs": obs.numpy()})), mean)

@@ -88,7 +88,7 @@ def test_the_compiled_gradient_is_that_of_the_loss_and_of_no_frozen_layer(action
     _, flat = ppo.make_optimizer(agent, args)
     assert len(flat) == sum(p.numel() for p in agent.parameters()) - 4 * 64
     minibatch = make_minibatch(agent, args)
-    gradient = ppo.compile_gradient(agent, args)
+    gradient = torch.compile(ppo.make_gradient(agent, args), fullgraph=True, dynamic=False)
     for ent_coef, clip_coef in ((0.01, 0.2), (0.5, 0.01)):
         args.ent_coef, args.clip_coef = ent_coef, clip_coef
         loss, metrics = ppo.ppo_loss(agent(minibatch), minibatch, args)
