@@ -1063,10 +1063,10 @@ def catch_signals() -> list[float]:
     """Note the times of SIGINT and SIGTERM: a run stops after its iteration, or at once on another one 1 s later."""
     times = []
 
-    def handler(*_) -> None:
+    def handler(number: int, _) -> None:
         times.append(time.monotonic())
         if times[-1] > times[0] + 1:  # else it is the launcher's copy of the first
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
     with suppress(ValueError):  # in a thread
         signal.signal(signal.SIGINT, handler)
@@ -1080,6 +1080,8 @@ def clean_up() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
     finally:
         for process in multiprocessing.active_children():
             if process.name.startswith("Worker"):
