@@ -1,8 +1,8 @@
 """Proximal Policy Optimization on many processes, in one file.
 
 Every rank collects a rollout in environments of its own and trains on it; the ranks average their gradients, so all
-hold the same parameters. Plain `python` runs one rank; two on the CPU, eight GPUs and two machines (on both, HOST being
-one of them) are started like this:
+hold the same parameters. Plain `python` runs one rank. These commands start two ranks on the CPU, eight on GPUs, and
+eight on each of two machines (run it on both; HOST is one of them):
 
     torchrun --nproc_per_node=2 --standalone ppo_torch_ddp.py
     torchrun --nproc_per_node=8 --standalone ppo_torch_ddp.py --cuda
@@ -65,7 +65,7 @@ class Args:
     exp_name: str = "ppo"  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of parameters, environments, actions and shuffling
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
-    capture_video: bool = False  # record the first environment of rank 0 and of evaluations
+    capture_video: bool = False  # record some episodes of the first environment of rank 0 and of evaluations
     eval_every: int = 0  # evaluate every so many iterations (0: only at the end)
     eval_episodes: int = 10  # greedy episodes of an evaluation, each in an environment of its own (0: none)
     eval_max_steps: int = 27_000  # steps after which an evaluation ends with the returns so far
@@ -76,14 +76,14 @@ class Args:
     # environment
     env_id: str = "CartPole-v1"  # id of the environment; `package:Name-v0` imports the package that registers it
     env_kwargs: str = "{}"  # keyword arguments of the environment, a JSON object
-    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # one process, one each, the id's own, EnvPool
+    vec_env: Literal["sync", "async", "native", "envpool"] = "sync"  # here, in processes, id's own vector, EnvPool
     num_envs: int = 4  # environments per rank, or per player
     normalize_obs: bool = False  # normalise vectors by their running mean and deviation over all ranks
     normalize_rewards: bool = False  # divide rewards by the running deviation of discounted returns, clip to -10 .. 10
     clip_rewards: bool = False  # clip rewards to -1 .. 1 (returns are always reported as they are)
     episodic_life: bool = False  # a lost life ends an episode; the game goes on while `info["lives"]` is above 0
     # algorithm
-    total_timesteps: int = 100_000  # environment steps over all ranks, rounded down to whole iterations
+    total_timesteps: int = 100_000  # environment steps and resets over all ranks, rounded down to whole iterations
     num_steps: int = 128  # steps per environment and rollout
     learning_rate: float = 1e-3  # learning rate of the optimizer
     optimizer: Literal["adam", "rmsprop"] = "adam"  # optimizer of the actor and the critic
@@ -190,7 +190,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
             envs = gym.vector.VectorWrapper(envs)  # its space must be that of all environments; EnvPool's is of one
             envs.observation_space = batch_space(envs.single_observation_space, num_envs)
         elif args.vec_env == "native":
-            if is_atari:  # ALE's own episodic_life would begin a new game; this leaves out the step after a lost life
+            if is_atari:  # ALE's own episodic_life would begin a new game; so the step after a lost life is left out
                 kwargs |= {"reward_clipping": False, "life_loss_info": args.episodic_life}
             envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
         else:
@@ -301,16 +301,16 @@ class Agent(nn.Module):
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                     nn.init.zeros_(layer.bias)
-        # layers of your own go here, where they do not change the initial actor and critic of a seed
+        # layers of your own go here, where they do not change the initial actor and critic of a seed; initialise them
 
-        # buffers are equal on all ranks already
+        # buffers are equal on all ranks already (those of BatchNorm would not be)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def policy(self, output: Tensor | ndarray, inputs: dict, mask_or_log_std: Tensor | ndarray) -> dict:
         """Parameters of the distribution to act and to train: logits (B, A, choices), or mean and log_std (B, A).
 
-        `output` is the actor's for `inputs`: a minibatch in training; in acting, what `from_env` returns, and in a
-        rollout its other arrays too. All are tensors in training, and may be arrays in acting.
+        `output` is the actor's for `inputs`: a minibatch in training, what `from_env` returns in an evaluation, row t
+        of all arrays in a rollout. All are tensors in training, and may be arrays in acting.
         """
         if self.is_discrete:
             return {"logits": output.reshape(-1, *mask_or_log_std.shape) + mask_or_log_std}
@@ -339,7 +339,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def torch_policy(self, inputs: Arrays) -> Arrays:
-        """`policy` of arrays, computed in torch."""
+        """From inputs to what `policy` returns, as arrays, computed in torch."""
         device = next(self.parameters()).device
         tensors = {name: torch.as_tensor(array, device=device) for name, array in inputs.items()}
         outputs = self.policy(self.actor(self.trunk(tensors["obs"])), tensors, self.mask_or_log_std())
@@ -356,7 +356,7 @@ class Agent(nn.Module):
         return rng.standard_normal((*shape, self.num_actions), np.float32)
 
     def sample(self, outputs: Arrays, noise: ndarray | None = None) -> ndarray:
-        """Actions (N, A) of the distribution that `policy` describes, by noise or the likeliest."""
+        """Actions (N, A) by noise, or the likeliest; `forward` computes their log-probabilities: change both."""
         if self.is_discrete:
             logits = outputs["logits"]
             return (logits if noise is None else logits + noise).argmax(-1)
@@ -370,7 +370,7 @@ class Agent(nn.Module):
     def from_env(self, obs: ndarray, infos: dict) -> Arrays:
         """What N observations and infos give `act` and `forward`, (N, ...) by name; `collect_rollout` stores it.
 
-        `obs` becomes images, or vectors in which 8-bit numbers are 0 .. 1. `infos` has only what INFO_NAMES lists.
+        `obs` becomes images, or vectors in which 8-bit numbers are 0 .. 1. INFO_NAMES says what `infos` may have.
         Return the same names each time, and keep no state: rollouts and evaluations take turns.
         """
         obs = obs.astype(self.obs_dtype, copy=False).reshape(-1, *self.obs_shape)
@@ -404,7 +404,7 @@ def make_mlp(num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, a
 
 
 def make_numpy_policy(agent: Agent) -> Callable | None:
-    """`Agent.policy` of arrays, in numpy: much faster for few rows. None on a GPU, or if a layer is unknown here."""
+    """`Agent.torch_policy` in numpy, much faster for few rows. None on a GPU, or if a layer is unknown here."""
     layers = (*agent.trunk, *agent.actor)
     kinds = {type(layer) for layer in layers}
     if next(agent.parameters()).is_cuda or not kinds <= {nn.Linear, nn.Tanh, nn.ReLU, RunningMeanStd}:
@@ -433,9 +433,9 @@ def make_numpy_policy(agent: Agent) -> Callable | None:
 def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[Arrays, Arrays]:
     """Arrays of a rollout, (T + 1, N, ...), and sums over the episodes under way, (N,).
 
-    The next rollout fills the same arrays, and row T becomes its row 0; that of actions and rewards is not used.
-    An array that you add here and fill in `collect_rollout` reaches `Agent.act` and `Agent.forward` by its name. What
-    comes from the environment belongs into `Agent.from_env`, which evaluations use too.
+    The next rollout fills the same arrays, and row T becomes its row 0; row T of actions and rewards is not used. An
+    array that you add here and fill in `collect_rollout` reaches `Agent.policy` and `Agent.forward` by its name. In
+    evaluations they have only what `Agent.from_env` returns.
     """
     shape = (args.num_steps + 1, args.num_envs)
     inputs = agent.from_env(obs, infos)
@@ -446,7 +446,7 @@ def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[A
         "rewards": np.zeros(shape, np.float32),
         "terminations": np.zeros(shape, bool),
         "resets": np.zeros(shape, bool),  # resets[t]: row t shows an episode's last observation, row t + 1 a first one
-        "discounted_returns": np.zeros(shape, np.float32),  # of the rewards of the episode before row t
+        "discounted_returns": np.zeros(shape, np.float32),  # of this episode's rewards in the rows before t
     }
     return rollout, {name: np.zeros(args.num_envs) for name in ("episode_returns", "episode_lengths")}
 
@@ -454,7 +454,7 @@ def make_storage(args: Args, agent: Agent, obs: ndarray, infos: dict) -> tuple[A
 def collect_rollout(
     agent: Agent, envs: VectorEnv, rollout: Arrays, sums: Arrays, rng: np.random.Generator, args: Args
 ) -> dict:
-    """Step the environments T times; return the number of episodes that ended, sums of their returns and lengths.
+    """Step the environments T times; return numbers of the episodes that ended, and sums for `check_finite`.
 
     With NEXT_STEP autoreset `obs[t + 1]` is the last observation of an episode that ended at t. That row is a reset:
     its action is ignored, its reward is 0, and a new episode begins with row t + 2.
@@ -539,8 +539,8 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
     """
     not_in_minibatches = ("rewards", "terminations", "resets", "discounted_returns")
     arrays = {name: array for name, array in rollout.items() if name not in not_in_minibatches}
-    # (T + 1) * N rows: row i + N follows row i, and rows[name][-R:] follow the batch's. An episode's last observation
-    # is in a row of a reset, which no minibatch has: to learn of next observations, add a column of rows that follow
+    # (T + 1) * N rows: row i + N is one step after row i. An episode's last observation is in a row of a reset, which
+    # no minibatch has; to learn of next observations, add a column: batch["next_obs"] = rows["obs"][-R:]
     rows = {name: torch.from_numpy(array).to(device).flatten(0, 1) for name, array in arrays.items()}
     outputs = predict(agent, rows)
     resets = rollout["resets"]
@@ -569,14 +569,14 @@ def make_batch(agent: Agent, rollout: Arrays, device: torch.device, args: Args) 
 def ppo_loss(outputs: Tensors, minibatch: Tensors, args: Args) -> tuple[Tensor, Tensors]:
     """PPO's loss (Schulman et al. 2017, eq. 7 and 9), a weighted sum over B rows, and metrics to log.
 
-    Terms of your own go here, for --compile too, and are sums `x @ weights` like these: rows of weight 0 are padding.
-    Metrics are logged as Loss/NAME.
+    Terms of your own go here, for --compile too; those of rows are sums `x @ weights` like these, as rows of weight 0
+    are padding. Metrics are logged as Loss/NAME, the mean over all ranks.
     """
     weights = minibatch["weights"]
     advantages = minibatch["advantages"]
     logratio = outputs["logprobs"] - minibatch["logprobs"]
     ratio = logratio.exp()
-    # where a clipped value counts it is a constant: so `where` has the gradient of `max`, and takes half its time
+    # a clipped value that counts is a constant, hence `detach`; `where` has the gradient of `max` in half the time
     clipped_ratio = ratio.detach().clamp(1 - args.clip_coef, 1 + args.clip_coef)
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * clipped_ratio
@@ -725,7 +725,9 @@ def make_train_step(
 def shuffle(
     valid: ndarray, counts: ndarray, num_minibatches: int, part: int, num_parts: int, rng: np.random.Generator
 ) -> Iterator[Tensors]:
-    """Deal the valid of R rows to minibatches, anew each epoch; yield `rows` and `weights` (minibatches, B) of a part.
+    """Deal those of R rows that are valid to minibatches, anew each epoch.
+
+    Yields the numbers of rows, and their weights, (minibatches, B) each, of one rank's part.
 
     Short minibatches are padded with a row of weight 0. `counts` holds the number of valid rows of each rank. With
     these weights the mean of the ranks' weighted sums is the mean over all valid rows of a minibatch.
@@ -1124,7 +1126,7 @@ def init_ranks(args: Args) -> tuple[int, int, torch.device]:
             raise SystemExit(f"error: --cuda needs a GPU per rank, found {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world_size > 1:
-        # on one machine torchrun's store still holds the addresses of before a restart (PyTorch issue 135712)
+        # after a restart torchrun's store on one machine still holds the old addresses (PyTorch issue 135712)
         is_alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"] if is_alone else "", store)
@@ -1224,7 +1226,7 @@ def main(args: Args) -> None:
         global_step += int(numbers["valid_rows"].sum())
         rows += rollout_size
 
-        # logs, checkpoints and evaluations
+        # logs, checkpoints and evaluations, of rank 0 alone: nothing in which ranks meet
         if rank == 0:
             seconds = dict(zip(("rollout", "communication", "update"), np.diff(times), strict=True))
             log.add_iteration(losses, numbers, seconds, learning_rates, global_step, rows)
