@@ -23,7 +23,7 @@ COMMANDS = [
     line.rpartition("&& ")[2]
     for block in re.findall(r"```bash\n((?:.*\n)*?)```", TEXT)
     for line in block.splitlines()
-    if re.search(r"(python|torchrun|fabric run) .*ppo_\w+\.py", line)
+    if re.search(r"(python|torchrun|fabric run) .*ppo_\w+\.py", line) and not line.startswith("srun")
 ]
 # for a run of seconds in place of a minute
 SHORT = ["--total-timesteps", "4096", "--eval-episodes", "2"]
