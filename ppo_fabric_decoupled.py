@@ -163,6 +163,8 @@ class CheckedEnv(gym.Wrapper):
 
 
 class Video(gym.wrappers.RecordVideo):
+    """Cuts a video at MAX_FRAMES: an episode may never end."""
+
     def _capture_frame(self) -> None:
         if len(self.recorded_frames) < MAX_FRAMES:
             super()._capture_frame()
@@ -170,7 +172,7 @@ class Video(gym.wrappers.RecordVideo):
 
 def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     """One environment of --vec-env sync or async, the place for wrappers of your own."""
-    if multiprocessing.current_process().name.startswith("Worker"):
+    if multiprocessing.current_process().name.startswith("Worker<"):
         os.setpgid(0, 0)  # `clean_up` can end whatever the environment starts
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.platform == "linux":  # PR_SET_PDEATHSIG: if this rank is killed, the worker closes the environment
@@ -1157,7 +1159,7 @@ def clean_up() -> Iterator[None]:
         raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
     finally:
         for process in multiprocessing.active_children():
-            if process.name.startswith("Worker"):
+            if process.name.startswith("Worker<"):
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()

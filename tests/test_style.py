@@ -27,7 +27,7 @@ def length(function: ast.AST) -> int:
 
 @pytest.mark.parametrize("name", [SOURCE, *TWINS])
 def test_a_file_is_no_longer_than_it_has_to_be(name):
-    """Limits that only go down: the goals are 6,500 nodes and 950 lines, decoupled 7,600 and 1,110."""
+    """What the files have today; it is too much: the goals are 6,500 nodes and 950 lines, decoupled 7,600 and 1,110."""
     most_nodes, most_lines = (9_180, 1_500) if name == DECOUPLED else (8_000, 1_275)
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
